@@ -1,0 +1,1 @@
+"""What the five notebooks share: QLoRA on AG News, from a run's config to the headline panel."""

@@ -1,0 +1,21 @@
+"""The errors that a reader can put right: each message names the thing and the remedy."""
+
+
+class QLoraError(ValueError):
+    """Base of the errors below."""
+
+
+class ConfigError(QLoraError):
+    """A setting that cannot work."""
+
+
+class DataError(QLoraError):
+    """Data that cannot be read, or too little of it."""
+
+
+class WorkspaceError(QLoraError):
+    """A file of the run is missing, changed or stale."""
+
+
+class ModelError(QLoraError):
+    """A base model or adapter that cannot be used."""
