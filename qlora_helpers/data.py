@@ -32,9 +32,7 @@ def clean_text(raw: str) -> str:
 
 def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
     """The uncleaned rows behind `config.data`: {"train", "test"}, each with columns `raw` (str) and `label` (index into LABELS).
-
-    Raises DataError that names the file, the row and the remedy.
-    """
+    Raises DataError that names the file, the row and the remedy."""
     if config.data == AG_NEWS:
         return _load_from_hub()
     folder = resources.files("qlora_helpers") / "sample" if config.data == SAMPLE else Path(config.data)
@@ -43,21 +41,19 @@ def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
 
 def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, pd.DataFrame]:
     """The three splits, each with columns `text` and `label`, drawn with `config.seed` and shuffled.
-
     Training and validation rows hold each label equally often and come from `rows["train"]`; a smaller training split
-    is a part of a larger one. Test rows keep the frequencies of `rows["test"]`. Raises DataError if a label has too few.
-    """
+    is a part of a larger one. Test rows keep the frequencies of `rows["test"]`. Raises DataError if a label has too few."""
     rng = np.random.default_rng(config.seed)
     order = [rng.permutation(np.flatnonzero(rows["train"].label == label)) for label in range(len(LABELS))]
     validation_share, train_share = _equal_shares(config.validation_size), _equal_shares(config.train_size)
     for label, indices in enumerate(order):
         asked = validation_share[label] + train_share[label]
         if len(indices) < asked:
-            raise DataError(f"train.csv of {config.data!r} has {len(indices)} rows of {LABELS[label]}, but train_size={config.train_size} and "
-                            f"validation_size={config.validation_size} need {asked}. Ask for fewer (QLORA_TRAIN_SIZE) or add rows.")
+            raise DataError(f"the training rows of {config.data!r} hold {len(indices)} of {LABELS[label]}, but train_size={config.train_size} "
+                            f"and validation_size={config.validation_size} need {asked}: lower QLORA_TRAIN_SIZE or add rows.")
     drawn = {
-        "validation": (rows["train"], [i[:v] for i, v in zip(order, validation_share)]),
-        "train": (rows["train"], [i[v:v + t] for i, v, t in zip(order, validation_share, train_share)]),
+        "validation": (rows["train"], [i[:v] for i, v in zip(order, validation_share, strict=True)]),
+        "train": (rows["train"], [i[v:v + t] for i, v, t in zip(order, validation_share, train_share, strict=True)]),
         "test": (rows["test"], _proportional_draw(rows["test"], config, rng)),
     }
     return {split: _finish(*drawn[split], np.random.default_rng([config.seed, i])) for i, split in enumerate(SPLITS)}
@@ -69,10 +65,10 @@ def _equal_shares(size: int) -> list[int]:
 
 def _proportional_draw(rows: pd.DataFrame, config: RunConfig, rng: np.random.Generator) -> list[np.ndarray]:
     if len(rows) < config.test_size:
-        raise DataError(f"test.csv of {config.data!r} has {len(rows)} rows, but test_size={config.test_size}. Ask for fewer (QLORA_TEST_SIZE).")
+        raise DataError(f"the test split of {config.data!r} has {len(rows)} rows, but test_size={config.test_size}: lower QLORA_TEST_SIZE.")
     counts = rows.label.value_counts().reindex(range(len(LABELS)), fill_value=0).to_numpy()
     for label in np.flatnonzero(counts == 0):
-        raise DataError(f"test.csv of {config.data!r} has no row of {LABELS[label]}: its accuracy could not be measured.")
+        raise DataError(f"the test split of {config.data!r} has no row of {LABELS[label]}: nothing could be said about it. Add some.")
     exact = counts * config.test_size / counts.sum()
     share = np.floor(exact).astype(int)
     share[np.argsort(share - exact, kind="stable")[:config.test_size - share.sum()]] += 1  # largest remainders first
@@ -95,7 +91,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
                 if len(row) != 3:
                     raise DataError(f"{path}, row {number}: {len(row)} column{'s' * (len(row) != 1)} instead of 3. {layout}.")
                 if row[0].strip() not in {"1", "2", "3", "4"}:
-                    raise DataError(f"{path}, row {number}: class {row[0]!r} is not 1 (World), 2 (Sports), 3 (Business) or 4 (Sci/Tech). {layout}.")
+                    raise DataError(f"{path}, row {number}: class {row[0]!r} is not 1 (World), 2 (Sports), 3 (Business) or 4 (Sci/Tech).")
                 if not clean_text(f"{row[1]} {row[2]}"):
                     raise DataError(f"{path}, row {number}: title and description are both empty. Remove the row.")
                 rows.append((f"{row[1]} {row[2]}", int(row[0]) - 1))

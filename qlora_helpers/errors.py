@@ -2,7 +2,10 @@
 
 
 class QLoraError(ValueError):
-    """Base of the errors below."""
+    """Base of the errors below. In a notebook it shows as its message alone: a traceback would hide the remedy."""
+
+    def _render_traceback_(self):  # IPython asks for this
+        return [f"{type(self).__name__}: {self}"]
 
 
 class ConfigError(QLoraError):

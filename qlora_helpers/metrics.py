@@ -2,6 +2,7 @@
 
 import datasets
 import evaluate
+import pandas as pd
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, f1_score
 
@@ -30,3 +31,15 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """The 95% interval of an accuracy of `correct` out of `total` (Wilson, 1927)."""
     interval = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
     return interval.low, interval.high
+
+
+def scoreboard(references: list[int], systems: dict[str, list[int]]) -> pd.DataFrame:
+    """One row for each system's predictions: `accuracy`, its 95% interval (`low`, `high`), `macro_f1`, and `correct` of `rows`."""
+    table = {}
+    for name, predictions in systems.items():
+        correct = int(sum(p == r for p, r in zip(predictions, references, strict=True)))
+        low, high = wilson_interval(correct, len(references))
+        both = scores(predictions, references)
+        table[name] = {"accuracy": both["accuracy"], "low": low, "high": high, "macro_f1": both["macro_f1"],
+                       "correct": correct, "rows": len(references)}
+    return pd.DataFrame.from_dict(table, orient="index")

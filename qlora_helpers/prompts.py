@@ -1,6 +1,5 @@
 """The prompt and the label words, built here and nowhere else."""
 
-import pandas as pd
 from transformers import PreTrainedTokenizerBase
 
 from qlora_helpers.data import LABELS
@@ -25,9 +24,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len
 
 def label_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The first token of each label word, in LABELS' order, as it follows the prompt.
-
-    Raises ModelError if two label words begin with the same token, or a word's token merges with the prompt's end.
-    """
+    Raises ModelError if two label words begin with the same token, or a word's token merges with the prompt's end."""
     prompt = tokenizer(build_prompt("A headline")).input_ids
     ids = []
     for word in LABEL_WORDS:
@@ -40,9 +37,3 @@ def label_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             raise ModelError(f"the label words {LABEL_WORDS[ids.index(first)]!r} and {LABEL_WORDS[i]!r} both begin with the token "
                              f"{tokenizer.convert_ids_to_tokens(first)!r}: choose words that differ in their first token.")
     return ids
-
-
-def label_table(tokenizer: PreTrainedTokenizerBase) -> pd.DataFrame:
-    """What 02 shows: each label, its word's first token and that token's id."""
-    ids = label_token_ids(tokenizer)
-    return pd.DataFrame({"label": LABELS, "token": tokenizer.convert_ids_to_tokens(ids), "token_id": ids})

@@ -25,10 +25,8 @@ def pad(encoded: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
 def label_logits(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, attention_mask: torch.Tensor,
                  label_ids: list[int]) -> torch.Tensor:
     """(rows, labels) float32 logits of the label tokens, as the next token after each right-padded prompt.
-
     The head is applied to each row's last real token and to the label tokens' rows alone: a softmax over this is the
-    model's next-token distribution, conditioned on the label words.
-    """
+    model's next-token distribution, conditioned on the label words."""
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     hidden = causal_lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
     last = attention_mask.sum(dim=1) - 1
@@ -41,9 +39,7 @@ def label_logits(model: PreTrainedModel | PeftModel, input_ids: torch.Tensor, at
 def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str],
                         max_length: int, progress: str | None = None) -> np.ndarray:
     """(texts, labels) float64 probabilities, each row summing to 1, in the order of `texts`.
-
-    Rows are scored in order of length, so that a batch pads little. `progress` names a progress bar.
-    """
+    Rows are scored in order of length, so that a batch pads little. `progress` names a progress bar."""
     label_ids = label_token_ids(tokenizer)
     encoded = encode_prompts(tokenizer, list(texts), max_length)
     logits = torch.empty(len(encoded), len(label_ids))

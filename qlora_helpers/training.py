@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.metrics import scores
-from qlora_helpers.modeling import compute_dtype
+from qlora_helpers.modeling import compute_dtype, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 from qlora_helpers.scoring import label_logits, pad
-from qlora_helpers.workspace import write_text
+from qlora_helpers.workspace import Workspace, write_text
+
+NOTEBOOK = "03_qlora_training"
 
 _HEADROOM = 0.92  # of the GPU memory, for what a probe does not see: the optimizer's state and fragmentation
 
@@ -37,31 +40,24 @@ class BatchPlan:
 
 def plan_batches(model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig) -> BatchPlan:
     """The fastest plan whose forward and backward pass over the longest of `texts` fits this machine, found by trying.
-
-    Raises ModelError if a single row does not fit.
-    """
+    Raises ModelError if a single row does not fit."""
     effective = config.effective_batch_size
     sizes = [size for size in range(effective, 0, -1) if effective % size == 0]
     if model.device.type == "cpu":
         size = next(size for size in sizes if size <= 8)
         return BatchPlan(size, effective // size, False, None, "on a CPU, more than 8 rows at once bring no speed")
     longest = sorted(encode_prompts(tokenizer, texts, config.max_length), key=len)[-effective:]
-    limit = _HEADROOM * _usable_gpu_bytes()
+    free, total = torch.cuda.mem_get_info()
+    limit = _HEADROOM * min(free + torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction())
     # Recomputing activations costs a third of a step, small batches cost less: checkpoint only when 4 rows do not fit.
     tries = [(size, False) for size in sizes if size >= min(4, effective)] + [(size, True) for size in sizes]
     for size, checkpointing in tries:
         peak = _peak_of_one_step(model, tokenizer, longest[-size:], checkpointing)
         if peak is not None and peak <= limit:
-            reason = (f"a step over the {size} longest rows peaks at {peak / 2**30:.1f} GiB, within {limit / 2**30:.1f}; "
-                      f"{len(tries[:tries.index((size, checkpointing))])} faster plans did not fit")
+            reason = f"the fastest that fits: a step over the {size} longest rows peaks at {peak / 2**30:.1f} of {limit / 2**30:.1f} GiB"
             return BatchPlan(size, effective // size, checkpointing, round(peak / 2**30, 2), reason)
     raise ModelError(f"not even one row of {len(longest[-1])} tokens trains within {limit / 2**30:.1f} GiB of GPU memory: set "
                      "QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model still holds the GPU.")
-
-
-def _usable_gpu_bytes() -> float:
-    free, total = torch.cuda.mem_get_info()
-    return min(free + torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction())
 
 
 def _peak_of_one_step(model, tokenizer, encoded, checkpointing) -> int | None:
@@ -89,16 +85,14 @@ def _peak_of_one_step(model, tokenizer, encoded, checkpointing) -> int | None:
 
 class LabelTrainer(Trainer):
     """The Trainer, with the loss of the label's token alone, seeded length-grouped batches, and scores by epoch.
-
     The best epoch by validation loss is kept. Its order of rows depends on the seed and the effective batch, never on the
-    batch plan.
-    """
+    batch plan."""
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame],
                  config: RunConfig, plan: BatchPlan, checkpoints: Path):
         self.label_ids = label_token_ids(tokenizer)
         self.pad_token_id = tokenizer.pad_token_id
-        self.order_seed = config.seed
+        self.config, self.plan = config, plan
         encoded = {split: datasets.Dataset.from_dict({
             "input_ids": encode_prompts(tokenizer, subset[split].text.tolist(), config.max_length),
             "labels": subset[split].label.tolist()}) for split in ("train", "validation")}
@@ -128,7 +122,7 @@ class LabelTrainer(Trainer):
         # would then depend on the micro-batch.
         return LengthGroupedSampler(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
                                     lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
-                                    generator=torch.Generator().manual_seed(self.order_seed))
+                                    generator=torch.Generator().manual_seed(self.config.seed))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the label tokens: summed and divided by the rows of the effective batch, so that no split changes it."""
@@ -143,17 +137,33 @@ class LabelTrainer(Trainer):
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
         return loss, logits, inputs["labels"]
 
+    def fit(self, workspace: Workspace) -> dict:
+        """Train, write adapter/ (of the best epoch) and training.json to `workspace`, and return the loss history.
+        A finished training with this very config and subset is not repeated; one with other settings is kept in earlier/."""
+        if workspace.is_current(NOTEBOOK, self.config):
+            print("This workspace holds the finished training with these settings: nothing to do.")
+            return json.loads((workspace / "training.json").read_text(encoding="utf-8"))
+        if earlier := workspace.set_aside(NOTEBOOK, ["adapter", "training.json"]):
+            print(f"An earlier training was made with other settings or data. It is kept in {earlier.relative_to(workspace.path)}.")
+        shutil.rmtree(self.args.output_dir, ignore_errors=True)
+        start = time.perf_counter()
+        self.train()
+        history = self.history(time.perf_counter() - start)
+        save_adapter(self.model, self.config, workspace / "adapter")
+        write_text(workspace / "training.json", json.dumps(history, indent=1))
+        workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+        return history
 
-def training_history(trainer: LabelTrainer, plan: BatchPlan, seconds: float) -> dict:
-    """What 03 keeps of a finished training: `train` (step, epoch, loss), `validation` (epoch, loss, accuracy, macro_f1), the best epoch, the time."""
-    log = trainer.state.log_history
-    validation = [{"step": e["step"], "epoch": e["epoch"], **{k: e[f"eval_{k}"] for k in ("loss", "accuracy", "macro_f1")}}
-                  for e in log if "eval_loss" in e]
-    return {
-        "train": [{k: e[k] for k in ("step", "epoch", "loss", "learning_rate", "grad_norm")} for e in log if "loss" in e],
-        "validation": validation,
-        "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"],
-        "seconds": round(seconds, 1),
-        "rows_per_second": round(len(trainer.train_dataset) * trainer.args.num_train_epochs / seconds, 2),
-        "plan": vars(plan),
-    }
+    def history(self, seconds: float) -> dict:
+        """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1) so far, `best_epoch`, speed, plan."""
+        log = self.state.log_history
+        validation = [{"epoch": e["epoch"]} | {name: e[f"eval_{name}"] for name in ("loss", "accuracy", "macro_f1")}
+                      for e in log if "eval_loss" in e]
+        return {
+            "train": [{k: e[k] for k in ("step", "epoch", "loss", "learning_rate", "grad_norm")} for e in log if "loss" in e],
+            "validation": validation,  # its first entry is before training
+            "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"],
+            "seconds": round(seconds, 1),
+            "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
+            "plan": vars(self.plan),
+        }

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from qlora_helpers.config import RunConfig, default_profile
+from qlora_helpers.config import RunConfig, default_profile, project_folder
 from qlora_helpers.errors import WorkspaceError
 
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn"]
@@ -23,24 +23,22 @@ class Workspace:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
-    def __str__(self) -> str:
-        return os.path.relpath(self.path) if self.path.is_relative_to(_project_folder()) else str(self.path)
+    def __str__(self) -> str:  # short where it can be, and then the same on every machine
+        return os.path.relpath(self.path, project_folder()) if self.path.is_relative_to(project_folder()) else str(self.path)
 
     @classmethod
     def locate(cls) -> "Workspace":
         """$QLORA_WORKSPACE, else a folder on a mounted Google Drive, else `runs/<profile>` beside the notebooks folder."""
         drive = Path("/content/drive/MyDrive")
         if os.environ.get("QLORA_WORKSPACE"):
-            return cls(Path(os.environ["QLORA_WORKSPACE"]).absolute())
-        return cls((drive / "qlora_ag_news" if drive.is_dir() else _project_folder() / "runs") / default_profile())
+            return cls(project_folder() / os.environ["QLORA_WORKSPACE"])
+        return cls((drive / "qlora_ag_news" if drive.is_dir() else project_folder() / "runs") / default_profile())
 
     def publish(self, notebook: str, config: RunConfig, files: list[str], inputs: tuple[str, ...] = (), **facts) -> dict:
         """Write the manifest of `notebook`: the SHA-256 of each of `files` (paths or folders inside the workspace),
-        the config, the fingerprints of the notebooks it read from (`inputs`), package versions, and `facts`.
-        """
-        made = {}
-        for path in (path for name in files for path in _files_below(self / name)):
-            made[path.relative_to(self.path).as_posix()] = _sha256(path)
+        the config, the fingerprints of the notebooks it read from (`inputs`), package versions, and `facts`."""
+        paths = [path for name in files for path in ([self / name] if (self / name).is_file() else sorted((self / name).rglob("*")))]
+        made = {path.relative_to(self.path).as_posix(): _sha256(path) for path in paths if not path.is_dir()}
         identity = {"config": dataclasses.asdict(config), "files": made,
                     "inputs": {name: self.require(name)["fingerprint"] for name in inputs}}
         manifest = {
@@ -53,10 +51,8 @@ class Workspace:
         return manifest
 
     def require(self, notebook: str) -> dict:
-        """The manifest of `notebook`, after checking that all it names is there, unchanged, and made from what is there now.
-
-        Raises WorkspaceError that names the file and the notebook to run.
-        """
+        """The manifest of `notebook`, if all that it names is there, unchanged, and made from what is there now.
+        Raises WorkspaceError that names the file and the notebook to run."""
         remedy = f"Run notebooks/{notebook}.ipynb" + (" again." if self._manifest(notebook).exists() else " first.")
         try:
             manifest = json.loads(self._manifest(notebook).read_text(encoding="utf-8"))
@@ -85,10 +81,7 @@ class Workspace:
             return False
 
     def set_aside(self, notebook: str, names: list[str]) -> Path | None:
-        """Move what `notebook` made under `names` to earlier/, so that a run with other settings loses nothing.
-
-        Returns the new folder, or None if there was nothing to move.
-        """
+        """Move what `notebook` published as `names` to a new folder in earlier/, and return it; None if there is nothing."""
         present = [name for name in names if (self / name).exists()]
         if not self._manifest(notebook).exists() or not present:
             return None
@@ -105,9 +98,7 @@ class Workspace:
 
 def open_workspace(*notebooks: str) -> tuple[Workspace, RunConfig]:
     """The workspace and its config, after `require` for 01_setup and each of `notebooks`.
-
-    Raises WorkspaceError that names the notebook to run, ConfigError if the environment asks for other settings.
-    """
+    Raises WorkspaceError that names the notebook to run, ConfigError if the environment asks for other settings."""
     workspace = Workspace.locate()
     workspace.require("01_setup")
     config = RunConfig.from_json((workspace / "config.json").read_text(encoding="utf-8"))
@@ -124,16 +115,6 @@ def write_text(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".partial")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
-
-
-def _project_folder() -> Path:
-    # Jupyter and nbval start a notebook in notebooks/, the Makefile and a terminal one above: the runs are the same ones.
-    here = Path.cwd()
-    return here.parent if here.name == "notebooks" else here
-
-
-def _files_below(path: Path) -> list[Path]:
-    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
 
 
 def _sha256(path: Path) -> str:

@@ -1,0 +1,83 @@
+"""What the unit tests share: an environment without settings, the cpu profile, the embedded model and a tiny one."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+from qlora_helpers.config import PROFILES, RunConfig
+from qlora_helpers.modeling import load_base_model, load_tokenizer
+
+
+class NotebookRules:
+    """What nbval compares: text alone. Progress bars go to stderr, HTML repeats the text, pictures differ by a pixel."""
+
+    def pytest_collectstart(self, collector):
+        if hasattr(collector, "skip_compare"):
+            collector.skip_compare += ("stderr", "text/html", "image/png")
+
+
+def pytest_configure(config):
+    """The notebooks' kernels inherit this environment: the cpu profile, in a workspace of this session."""
+    for name in [name for name in os.environ if name.startswith("QLORA_")]:
+        del os.environ[name]
+    config.notebook_workspace = Path(tempfile.mkdtemp(prefix="qlora_notebooks_"))
+    os.environ |= {"QLORA_PROFILE": "cpu", "QLORA_WORKSPACE": str(config.notebook_workspace)}
+    config.pluginmanager.register(NotebookRules())
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.notebook_workspace, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def notebook_workspace(request) -> Path:
+    """The workspace that nbval's run of the notebooks left, earlier in this session."""
+    folder = request.config.notebook_workspace
+    if not (folder / "manifests" / "04_evaluation.json").exists():
+        pytest.skip("the notebooks did not run in this session: use `make test`, which runs them first")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cpu_profile(monkeypatch):
+    """Only the cpu profile is set, whatever the shell that started the tests holds."""
+    for name in [name for name in os.environ if name.startswith("QLORA_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("QLORA_PROFILE", "cpu")
+
+
+@pytest.fixture
+def config() -> RunConfig:
+    return RunConfig.from_environment()
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """The folder that $QLORA_WORKSPACE names."""
+    monkeypatch.setenv("QLORA_WORKSPACE", str(tmp_path / "workspace"))
+    return tmp_path / "workspace"
+
+
+@pytest.fixture(scope="session")
+def base():
+    """The embedded model in NF4, and its tokenizer. Tests that change the model copy it first."""
+    config = RunConfig(profile="cpu", **PROFILES["cpu"])
+    return load_base_model(config), load_tokenizer(config)
+
+
+@pytest.fixture(scope="session")
+def tiny(base, tmp_path_factory) -> str:
+    """The folder of a random two-layer Llama that has the embedded model's tokenizer."""
+    _, tokenizer = base
+    set_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id))
+    folder = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,261 @@
+import csv
+import dataclasses
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from importlib import resources
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import qlora_helpers
+from qlora_helpers.data import LABELS, SPLITS, clean_text, draw_subset, load_rows
+from qlora_helpers.errors import DataError
+
+# read when the tests are collected: each of them runs without QLORA_ variables
+AG_NEWS_FOLDER = Path(os.environ.get("QLORA_TEST_AG_NEWS") or Path(__file__).parents[2] / "shared" / "ag_news")
+
+
+# cleaning
+
+@pytest.mark.parametrize(("raw", "clean"), [
+    ("Ferry firm #39;s profit falls", "Ferry firm's profit falls"),
+    ("They don #39;t expect rain;  #39;none, #39; he said", "They don't expect rain; 'none,' he said"),
+    ("The mayor called it  quot;a good day quot; and left", 'The mayor called it "a good day" and left'),
+    ("quot;Enough, quot; says keeper", '"Enough," says keeper'),
+    ("Harbour bridge reopens &lt;b&gt;...&lt;/b&gt; after ten months", "Harbour bridge reopens ... after ten months"),
+    ('Chip maker Orvel Inc. &lt;A HREF="http://www.reuters.example/quote.aspx?ticker=ORVL.O target=/stocks/full"&gt;ORVL.O&lt;/A&gt; cut',
+     "Chip maker Orvel Inc. ORVL.O cut"),
+    ("&lt;FONT face=\"verdana\" size=\"-2\"&gt;&lt;B&gt;The Harbour Post&lt;/B&gt;&lt;/FONT&gt;", "The Harbour Post"),
+    (r"Sold for \$48-billion in cash", "Sold for $48-billion in cash"),
+    (r"Storm warnings\for the coming\\days", "Storm warnings for the coming days"),
+    (" #36;600,000 raised", "$600,000 raised"),
+    ("AT amp;T and Standard  amp; Poor #39;s", "AT&T and Standard & Poor's"),
+    ("The vote #151; a close one #151; stands", "The vote— a close one— stands"),
+    ("12 nbsp;percent,&nbsp;up", "12 percent, up"),
+    ("Fish &amp; chips, 5 &lt; 6", "Fish & chips, 5 < 6"),
+    ("Fish &amp;amp; chips &amp;lt;b&amp;gt;fried&amp;lt;/b&amp;gt;", "Fish & chips fried"),
+    ("Sports India: Cricket  gt; Kanpur", "Sports India: Cricket > Kanpur"),
+    ("She played the part; and the lamp; then left", "She played the part; and the lamp; then left"),
+    ("No. #39 wins; lot #151 sold", "No. #39 wins; lot #151 sold"),
+    ("one\x00two\x07three\tfour\r\nfive\x85six", "one two three four five six"),
+    ("  spaces   all\u00a0over ", "spaces all over"),
+    ("Kénitra: already clean, at $5 & 'quoted'.", "Kénitra: already clean, at $5 & 'quoted'."),
+])
+def test_clean_text(raw, clean):
+    assert clean_text(raw) == clean
+
+
+def test_cleaning_the_sample_changes_nothing(config):
+    for rows in load_rows(config).values():
+        assert [clean_text(raw) for raw in rows.raw] == rows.raw.tolist()
+
+
+# reading
+
+GOOD = '"1","Title","Description"\n'
+
+
+@pytest.fixture
+def read(tmp_path, config):
+    """Reads a train.csv with the given content, beside a test.csv that is fine."""
+    def read(content: str | bytes):
+        (tmp_path / "train.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+        (tmp_path / "test.csv").write_text(GOOD)
+        return load_rows(dataclasses.replace(config, data=str(tmp_path)))["train"]
+    return read
+
+
+def test_csv_as_it_comes(read):
+    rows = read(b"\xef\xbb\xbf" + '"3","Café","He said ""no"", then left"\r\n\r\n4,Two\nlines,"a\nb, c"\r\n 2 ,"",only\n'.replace(
+        "Two\nlines", '"Two\nlines"').encode())
+    assert rows.to_dict("list") == {"raw": ['Café He said "no", then left', "Two\nlines a\nb, c", " only"], "label": [2, 3, 1]}
+
+
+LAYOUT = "class (1 to 4), title, description, without a header"
+
+
+@pytest.mark.parametrize(("content", "names"), [
+    ("", ["has no rows", LAYOUT]),
+    ("\n\n", ["has no rows", LAYOUT]),
+    (GOOD + '"1","a","b","c"\n', ["row 2: 4 columns instead of 3", LAYOUT]),
+    (GOOD + '"1","a"\n', ["row 2: 2 columns instead of 3", LAYOUT]),
+    (GOOD + "text\n", ["row 2: 1 column instead of 3", LAYOUT]),
+    (GOOD + GOOD + '"5","a","b"\n', ["row 3: class '5' is not 1 (World), 2 (Sports), 3 (Business) or 4 (Sci/Tech)"]),
+    ("class,title,description\n" + GOOD, ["row 1: class 'class' is not 1 (World)"]),
+    (GOOD + '"1"," "," #39;"\n' + '"2","&lt;b&gt;"," "\n', ["row 3: title and description are both empty", "Remove the row"]),
+    (GOOD + '"1","a","never closed\n', ["after row 1: not valid CSV", LAYOUT]),
+    (GOOD + '"1","a","b" c\n', ["after row 1: not valid CSV", LAYOUT]),
+    (GOOD.encode() * 3 + b'"1","caf\xe9","b"\n', ["not UTF-8 (byte 86)", "iconv -f latin1 -t utf-8"]),
+    (GOOD.encode() * 5000 + b'"1","caf\xe9","b"\n', ["not UTF-8 (byte 130008)", "iconv -f latin1 -t utf-8"]),
+])
+def test_a_bad_csv_is_named_with_row_and_remedy(read, tmp_path, content, names):
+    with pytest.raises(DataError) as caught:
+        read(content)
+    for name in [str(tmp_path / "train.csv"), *names]:
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("missing", ["train.csv", "test.csv"])
+def test_a_missing_csv_is_named_with_the_layout(read, tmp_path, config, missing):
+    read(GOOD)
+    (tmp_path / missing).unlink()
+    with pytest.raises(DataError, match=f"{re.escape(str(tmp_path / missing))} is not there. QLORA_DATA names a folder with train.csv"):
+        load_rows(dataclasses.replace(config, data=str(tmp_path)))
+
+
+def test_a_folder_in_place_of_a_csv(read, tmp_path, config):
+    read(GOOD)
+    (tmp_path / "train.csv").unlink()
+    (tmp_path / "train.csv").mkdir()
+    with pytest.raises(DataError, match="train.csv cannot be read: Is a directory"):
+        load_rows(dataclasses.replace(config, data=str(tmp_path)))
+
+
+def test_the_hub_out_of_reach_names_the_ways_out(tmp_path):
+    code = """
+from qlora_helpers.config import RunConfig
+from qlora_helpers.data import load_rows
+from qlora_helpers.errors import DataError
+try:
+    load_rows(RunConfig.from_environment(data="fancyzhx/ag_news"))
+except DataError as error:
+    print("DataError:", error)
+"""
+    cache = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path), "HF_DATASETS_CACHE": str(tmp_path)}
+    root = Path(qlora_helpers.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | cache, cwd=root, capture_output=True, text=True, timeout=30)
+    assert done.stdout.startswith("DataError: fancyzhx/ag_news cannot be loaded from the hub"), done.stderr
+    for way_out in ["Check the connection", "QLORA_DATA to a folder with train.csv and test.csv", "QLORA_DATA=sample"]:
+        assert way_out in done.stdout
+
+
+# drawing
+
+def _rows(counts: list[int], split: str = "train") -> pd.DataFrame:
+    return pd.DataFrame([(f"{split} {LABELS[label]} {i}", label) for label, n in enumerate(counts) for i in range(n)],
+                        columns=["raw", "label"])
+
+
+def _counts(split: pd.DataFrame) -> list[int]:
+    return [int((split.label == label).sum()) for label in range(len(LABELS))]
+
+
+def _draw(config, train=(50, 50, 50, 50), test=(50, 30, 15, 5), **sizes):
+    return draw_subset({"train": _rows(train), "test": _rows(test, "test")}, dataclasses.replace(config, **sizes))
+
+
+def test_the_draw_is_stratified(config):
+    drawn = _draw(config, train_size=120, validation_size=20, test_size=20)
+    assert {split: _counts(drawn[split]) for split in drawn} == {
+        "train": [30, 30, 30, 30], "validation": [5, 5, 5, 5], "test": [10, 6, 3, 1]}
+    assert list(drawn) == SPLITS
+    texts = [text for split in drawn.values() for text in split.text]
+    assert len(set(texts)) == 160
+    for split, source in [("train", "train"), ("validation", "train"), ("test", "test")]:
+        assert all(text.startswith(f"{source} {LABELS[label]} ") for text, label in zip(drawn[split].text, drawn[split].label, strict=True))
+
+
+def test_sizes_that_four_does_not_divide_are_met_exactly(config):
+    drawn = _draw(config, train_size=10, validation_size=7, test_size=9)
+    assert {split: _counts(drawn[split]) for split in drawn} == {
+        "train": [3, 3, 2, 2], "validation": [2, 2, 2, 1], "test": [5, 3, 1, 0]}  # 4.5, 2.7, 1.35, 0.45: largest remainders first
+
+
+def test_rows_are_shuffled(config):
+    for split in _draw(config, train_size=120, validation_size=40, test_size=60).values():
+        assert len([1 for _ in itertools.groupby(split.label)]) > 20  # runs of equal labels; 4 where they stand in blocks
+
+
+def test_a_smaller_training_split_is_a_part_of_a_larger_one(config):
+    small, large = (_draw(config, train_size=size, validation_size=20, test_size=20) for size in (30, 90))
+    assert set(small["train"].text) < set(large["train"].text)
+    pd.testing.assert_frame_equal(small["validation"], large["validation"])
+    pd.testing.assert_frame_equal(small["test"], large["test"])
+
+
+def test_the_seed_alone_decides(config):
+    sizes = {"train_size": 40, "validation_size": 20, "test_size": 20}
+    one, again, other = _draw(config, **sizes), _draw(config, **sizes), _draw(config, seed=43, **sizes)
+    for split in SPLITS:
+        pd.testing.assert_frame_equal(one[split], again[split])
+        assert set(one[split].text) != set(other[split].text)
+
+
+def test_the_first_rows_of_the_sample_for_the_default_seed(config):
+    drawn = draw_subset(load_rows(config), config)
+    assert {split: [(text[:40], LABELS[label]) for text, label in zip(drawn[split].text[:3], drawn[split].label[:3], strict=True)]
+            for split in SPLITS} == {
+        "train": [
+            ("Ballpark Grant Denied, Daejeon Nine May ", "Sports"),
+            ("Coup Leaves Dutch Bank With €400 Million", "Business"),
+            ("Mongolian Judoka Takes Paris Bronze in N", "Sports")],
+        "validation": [
+            ("Dhaka Garment Makers Settle Back-Pay Cla", "Business"),
+            ("Quarterback Breaks Collarbone, Rookie to", "Sports"),
+            ("Drag-flick double sends India into hocke", "Sports")],
+        "test": [
+            ("Tajikistan Frees Kyrgyz Shepherds but Ke", "World"),
+            ("Irish Whiskey Distiller Toasts Record Ye", "Business"),
+            ("Vanuatu Sisters Reach Beach Worlds Lini ", "Sports")]}
+
+
+def test_texts_are_drawn_clean(config):
+    rows = pd.DataFrame({"raw": ["Firm #39;s  quot;best quot;\\year"] * 8, "label": [0, 1, 2, 3] * 2})
+    drawn = draw_subset({"train": rows, "test": rows}, dataclasses.replace(config, train_size=4, validation_size=4, test_size=4))
+    assert {text for split in drawn.values() for text in split.text} == {'Firm\'s "best" year'}
+
+
+@pytest.mark.parametrize(("rows", "sizes", "message"), [
+    ({"train": (50, 50, 9, 50)}, {"train_size": 32, "validation_size": 8},
+     "train.* of 'sample' h.* 9 .*of Business, but train_size=32 and validation_size=8 need 10.*QLORA_TRAIN_SIZE"),
+    ({"test": (50, 50, 0, 50)}, {"test_size": 20}, "test.* of 'sample' has no row of Business"),
+    ({"test": (10, 10, 10, 10)}, {"test_size": 41}, "test.* of 'sample' has 40 rows, but test_size=41.*QLORA_TEST_SIZE"),
+])
+def test_too_few_rows_are_named(config, rows, sizes, message):
+    with pytest.raises(DataError, match=message):
+        _draw(config, **({"train_size": 8, "validation_size": 8, "test_size": 20} | rows | sizes))
+
+
+# the bundled sample
+
+@pytest.fixture(scope="module")
+def sample() -> dict[str, list[tuple[str, str, str]]]:
+    folder = resources.files("qlora_helpers") / "sample"
+    return {split: list(csv.reader((folder / f"{split}.csv").read_text(encoding="utf-8").splitlines())) for split in ("train", "test")}
+
+
+def test_the_sample_has_80_training_and_20_test_rows_of_each_class(sample):
+    assert {split: Counter(row[0] for row in rows) for split, rows in sample.items()} == {
+        "train": dict.fromkeys("1234", 80), "test": dict.fromkeys("1234", 20)}
+
+
+def test_the_sample_has_no_two_rows_alike(sample):
+    """No title twice, and no two texts that share more than 15% of their words of four letters and more (Jaccard; the highest is 12%)."""
+    rows = sample["train"] + sample["test"]
+    assert len({title.casefold() for _, title, _ in rows}) == 400
+    words = [(set(re.findall(r"\w{4,}", f"{title} {description}".casefold())), title) for _, title, description in rows]
+    alike = [(a, b) for (one, a), (two, b) in itertools.combinations(words, 2) if len(one & two) > .15 * len(one | two)]
+    assert alike == []
+
+
+def test_the_sample_is_written_as_news_is(sample):
+    for _, title, description in sample["train"] + sample["test"]:
+        assert 2 <= len(title.split()) <= 14, title
+        assert 9 <= len(description.split()) <= 48, title
+        assert '"' not in title + description, title
+        assert description[-1] in ".?!'", title
+
+
+# real rows
+
+@pytest.mark.skipif(not (AG_NEWS_FOLDER / "train.csv").is_file(), reason="no AG News rows in $QLORA_TEST_AG_NEWS or ../shared/ag_news")
+def test_real_rows_are_read_and_nothing_of_the_crawl_is_left(config):
+    rows = load_rows(dataclasses.replace(config, data=str(AG_NEWS_FOLDER)))
+    assert {split: len(table) for split, table in rows.items()} == {"train": 6000, "test": 1000}
+    leftover = re.compile(r"#\d{2,5};|\b(?:quot|amp|lt|gt|nbsp|hellip|mdash|ndash|apos);|&\w+;|</?[A-Za-z]|\\|[\x00-\x1f\x7f-\x9f]|\s\s")
+    assert [text for table in rows.values() for text in table.raw.map(clean_text) if leftover.search(text)] == []

