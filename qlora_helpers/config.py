@@ -23,6 +23,7 @@ PROFILES = {
 }
 _ALIASES = {"QLORA_EPOCHS": "QLORA_NUM_EPOCHS"}
 _NOT_FIELDS = {"QLORA_WORKSPACE"}  # where a run lives, not what it is
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
 _LEAST = {"max_length": 32, "seed": 0}  # of whole numbers; 1 for the others
 
 
@@ -53,6 +54,8 @@ class RunConfig:
         _check_profile(self.profile)
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
+            if type(value) is not field.type and not (field.type is float and type(value) is int):
+                raise ConfigError(f"{name} is {value!r}: it must be {_KINDS[field.type]}.")
             if field.type is str and not value.strip():
                 raise ConfigError(f"{name} is empty: leave it out for the default of profile {self.profile!r}.")
             if field.type is float and not math.isfinite(value):
@@ -125,7 +128,7 @@ def _check_profile(profile: str) -> None:
 
 def _environment_choices() -> dict:
     choices = {}
-    for variable in sorted(name for name in os.environ if name.startswith("QLORA_") and name not in _NOT_FIELDS):
+    for variable in sorted(name for name in os.environ if name.startswith("QLORA_") and os.environ[name] and name not in _NOT_FIELDS):
         text, name = os.environ[variable], _ALIASES.get(variable, variable).removeprefix("QLORA_").lower()
         if name not in _TYPES:
             near = difflib.get_close_matches(variable, [f"QLORA_{known.upper()}" for known in _TYPES] + [*_ALIASES, *_NOT_FIELDS], 1)
@@ -133,8 +136,7 @@ def _environment_choices() -> dict:
         try:
             choices[name] = _TYPES[name](text)
         except ValueError:
-            kind = "a whole number" if _TYPES[name] is int else "a number"
-            raise ConfigError(f"{variable} is {text!r}: it must be {kind}.") from None
+            raise ConfigError(f"{variable} is {text!r}: it must be {_KINDS[_TYPES[name]]}.") from None
     if choices.get("data") not in (None, AG_NEWS, SAMPLE):
         choices["data"] = os.path.abspath(project_folder() / choices["data"])
     return choices

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import re
 import unicodedata
 from importlib import resources
@@ -24,7 +25,7 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 def clean_text(raw: str) -> str:
     """`raw` without what AG News' crawl left in it: entities, HTML tags, backslashes, control characters, runs of spaces."""
-    text = html.unescape(html.unescape(_BARE_ENTITY.sub(r"&\1;", raw)))
+    text = html.unescape(_BARE_ENTITY.sub(r"&\1;", html.unescape(raw)))
     text = _TAG.sub(" ", text).replace("\\$", "$").replace("\\", " ")
     text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
     return " ".join(text.split())
@@ -49,8 +50,8 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
     for label, indices in enumerate(order):
         asked = validation_share[label] + train_share[label]
         if len(indices) < asked:
-            raise DataError(f"the training rows of {config.data!r} hold {len(indices)} of {LABELS[label]}, but train_size={config.train_size} "
-                            f"and validation_size={config.validation_size} need {asked}: lower QLORA_TRAIN_SIZE or add rows.")
+            raise DataError(f"the training rows of {config.data!r} hold {len(indices)} of {LABELS[label]}, but train_size="
+                            f"{config.train_size} and validation_size={config.validation_size} need {asked}: lower QLORA_TRAIN_SIZE or add rows.")
     drawn = {
         "validation": (rows["train"], [i[:v] for i, v in zip(order, validation_share, strict=True)]),
         "train": (rows["train"], [i[v:v + t] for i, v, t in zip(order, validation_share, train_share, strict=True)]),
@@ -84,7 +85,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
     layout = 'AG News\' layout is class (1 to 4), title, description, without a header: "3","Title","Description"'
     rows = []
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
             for number, row in enumerate(csv.reader(file, strict=True), start=1):
                 if not row:
                     continue

@@ -82,7 +82,7 @@ def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = config.base_model
-    model.save_pretrained(beside)
+    model.save_pretrained(beside, save_embedding_layers=False)
     (beside / "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in; 04 writes the model card
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)

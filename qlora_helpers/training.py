@@ -112,7 +112,8 @@ class LabelTrainer(Trainer):
                 save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
                 logging_steps=max(1, steps // 30), remove_unused_columns=False, report_to="none",
                 dataloader_pin_memory=model.device.type == "cuda"))
-        self.model_accepts_loss_kwargs = True  # asks for num_items_in_batch, by which compute_loss divides
+        self.model_accepts_loss_kwargs = True  # asks for num_items_in_batch, by which compute_loss divides ...
+        self._loss_shifts_labels = False  # ... and which counts one label a row: nothing is shifted here
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         return pad([row["input_ids"] for row in rows], self.pad_token_id) | {"labels": torch.tensor([row["labels"] for row in rows])}

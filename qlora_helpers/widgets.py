@@ -21,7 +21,7 @@ class HeadlinePanel(ipw.VBox):
         self.text = ipw.Text(placeholder="Type a headline and press Enter", continuous_update=False,
                              layout=ipw.Layout(width="100%"), description="Headline")
         self.button = ipw.Button(description="Classify", button_style="primary")
-        self.examples = [ipw.Button(description=text, tooltip="Classify this example", layout=ipw.Layout(width="auto")) for text in examples]
+        self.examples = [ipw.Button(description=text, tooltip="Classify this", layout=ipw.Layout(width="auto")) for text in examples]
         self.answer = ipw.HTML()
         super().__init__([self.text, ipw.HBox([self.button]), ipw.VBox(self.examples), self.answer], layout=ipw.Layout(max_width="720px"))
         self.text.observe(lambda change: self.run(), names="value")

@@ -37,7 +37,7 @@ class Workspace:
     def publish(self, notebook: str, config: RunConfig, files: list[str], inputs: tuple[str, ...] = (), **facts) -> dict:
         """Write the manifest of `notebook`: the SHA-256 of each of `files` (paths or folders inside the workspace),
         the config, the fingerprints of the notebooks it read from (`inputs`), package versions, and `facts`."""
-        paths = [path for name in files for path in ([self / name] if (self / name).is_file() else sorted((self / name).rglob("*")))]
+        paths = [path for name in files for path in (sorted((self / name).rglob("*")) if (self / name).is_dir() else [self / name])]
         made = {path.relative_to(self.path).as_posix(): _sha256(path) for path in paths if not path.is_dir()}
         identity = {"config": dataclasses.asdict(config), "files": made,
                     "inputs": {name: self.require(name)["fingerprint"] for name in inputs}}
