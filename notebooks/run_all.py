@@ -34,8 +34,8 @@ def run_notebook(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     def executed(cell, cell_index, execute_reply):
         bar.update()
 
-    client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False, record_timing=False,
-                            on_cell_start=started, on_cell_executed=executed)
+    client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False,
+                            record_timing=False, on_cell_start=started, on_cell_executed=executed)
     try:
         client.execute()
     except (CellExecutionError, DeadKernelError) as error:

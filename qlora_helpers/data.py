@@ -50,8 +50,9 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
     for label, indices in enumerate(order):
         asked = validation_share[label] + train_share[label]
         if len(indices) < asked:
-            raise DataError(f"the training rows of {config.data!r} hold {len(indices)} of {LABELS[label]}, but train_size="
-                            f"{config.train_size} and validation_size={config.validation_size} need {asked}: lower QLORA_TRAIN_SIZE or add rows.")
+            raise DataError(f"the training rows of {config.data!r} hold {len(indices)} of {LABELS[label]}, "
+                            f"but train_size={config.train_size} and validation_size={config.validation_size} need {asked}: "
+                            "lower QLORA_TRAIN_SIZE or add rows.")
     drawn = {
         "validation": (rows["train"], [i[:v] for i, v in zip(order, validation_share, strict=True)]),
         "train": (rows["train"], [i[v:v + t] for i, v, t in zip(order, validation_share, train_share, strict=True)]),

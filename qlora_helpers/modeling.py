@@ -1,10 +1,11 @@
 """The 4-bit base model: where its checkpoint comes from, its compute dtype, and LoRA attached or read back."""
 
-import importlib.metadata
+import contextlib
 import importlib.util
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -74,7 +75,8 @@ def _load(auto_class, config: RunConfig, **options):
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     """`model` with float32 LoRA layers beside its frozen weights. B starts at zero: outputs do not change (arXiv:2106.09685, 4.1)."""
     torch.manual_seed(seed)  # for the random A
-    return _checked(get_peft_model(model, lora))
+    with _quiet():
+        return _checked(get_peft_model(model, lora))
 
 
 def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
@@ -90,7 +92,15 @@ def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """`model` with the adapter that `save_adapter` wrote to `folder`, ready to score."""
-    return _checked(PeftModel.from_pretrained(model, folder)).eval()
+    with _quiet():
+        return _checked(PeftModel.from_pretrained(model, folder)).eval()
+
+
+@contextlib.contextmanager
+def _quiet():
+    with warnings.catch_warnings():  # PEFT calls what Transformers renames: nothing that a reader can act on
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _checked(model: PeftModel) -> PeftModel:

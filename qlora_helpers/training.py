@@ -98,16 +98,17 @@ class LabelTrainer(Trainer):
             "labels": subset[split].label.tolist()}) for split in ("train", "validation")}
         dtype, _ = compute_dtype()
         steps = -(-len(encoded["train"]) // config.effective_batch_size) * config.num_epochs
+        if plan.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         super().__init__(
             model=model, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=self._collate,
             compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist()),
             args=TrainingArguments(
                 output_dir=str(checkpoints), seed=config.seed, num_train_epochs=config.num_epochs,
                 per_device_train_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
-                per_device_eval_batch_size=plan.micro_batch_size, gradient_checkpointing=plan.gradient_checkpointing,
-                gradient_checkpointing_kwargs={"use_reentrant": False} if plan.gradient_checkpointing else None,
-                learning_rate=config.learning_rate, warmup_steps=config.warmup_ratio, lr_scheduler_type="linear",
-                max_grad_norm=config.max_grad_norm, weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
+                per_device_eval_batch_size=plan.micro_batch_size, learning_rate=config.learning_rate,
+                warmup_steps=config.warmup_ratio, lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
+                weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
                 use_cpu=model.device.type == "cpu", eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
                 save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
                 logging_steps=max(1, steps // 30), remove_unused_columns=False, report_to="none",

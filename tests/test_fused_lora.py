@@ -1,0 +1,269 @@
+"""fuse_lora against PEFT's own path: values, gradients, dropout, checkpointing, and PEFT's switches."""
+
+import copy
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from fused_lora import _mask, fuse_lora
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+IDS = torch.tensor([[5, 3, 9, 40, 7, 11], [8, 2, 2, 33, 21, 6]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=[LlamaConfig, MistralConfig], ids=["llama", "mistral"])
+def checkpoint(request, tmp_path_factory):
+    torch.manual_seed(0)
+    config = request.param(vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, initializer_range=0.2)
+    folder = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def lora_model(checkpoint, dropout=0.0, dtype=torch.float32, nf4=True, targets=ALL_LINEAR, **choices) -> PeftModel:
+    """A model with LoRA in training mode. A and B are random, neither zero: with B at zero half of the gradients would be."""
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                   bnb_4bit_compute_dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=quantized if nf4 else None)
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    torch.manual_seed(1)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets, **choices))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model.train()
+
+
+def loss_and_gradients(model, seed=0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = cross_entropy(model(IDS).logits[:, -1].float(), torch.tensor([1, 2]))
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys() and len(found) == 28
+    for name in expected:
+        assert expected[name].abs().max() > 0, name
+        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "linear"])
+def test_values_and_gradients_equal_pefts_own(checkpoint, nf4):
+    model = lora_model(checkpoint, nf4=nf4)
+    expected = loss_and_gradients(model)
+    found = loss_and_gradients(fuse_lora(model))
+    torch.testing.assert_close(found[0], expected[0])
+    assert_same(found[1], expected[1], rtol=1e-3, atol=1e-5)
+
+
+def test_half_precision_keeps_float32_gradients_no_further_off_than_pefts(checkpoint):
+    def error(model, exact):
+        found = loss_and_gradients(model)[1]
+        assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+        return sum((found[name] - exact[name]).square().sum() for name in exact).sqrt()
+
+    exact = loss_and_gradients(lora_model(checkpoint))[1]
+    low, fused_low = lora_model(checkpoint, dtype=torch.bfloat16), fuse_lora(lora_model(checkpoint, dtype=torch.bfloat16))
+    assert error(fused_low, exact) < 1.2 * error(low, exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert error(fused_low, exact) < 1.2 * error(low, exact)
+        assert error(fuse_lora(lora_model(checkpoint)), exact) < 1.2 * error(lora_model(checkpoint), exact)
+
+
+def reference_with_masks(model, dropout, seed):
+    """PEFT's own path, with each dropout replaced by the mask that the fused layers draw, in their order."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+
+    def masked(x, group, rate):
+        if drawn.get("group") is not group:
+            drawn.update(group=group, mask=_mask(x, rate, int(torch.empty((), dtype=torch.int64).random_(generator=generator))))
+        return x * drawn["mask"] / (1 - rate)
+
+    for layer in model.get_base_model().model.layers:
+        for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
+            for name in group:
+                module = getattr(layer.self_attn if name[0] in "qkvo" and hasattr(layer.self_attn, name) else layer.mlp, name)
+                module.lora_dropout["default"].forward = lambda x, group=group: masked(x, group, dropout)
+    return model
+
+
+def test_gradients_with_dropout_are_those_of_the_masks_drawn(checkpoint):
+    reference = loss_and_gradients(reference_with_masks(lora_model(checkpoint, 0.3), 0.3, seed=5))
+    found = loss_and_gradients(fuse_lora(lora_model(checkpoint, 0.3)), seed=5)
+    torch.testing.assert_close(found[0], reference[0])
+    assert_same(found[1], reference[1], rtol=1e-3, atol=1e-5)
+
+
+def test_checkpointing_replays_the_masks(checkpoint):
+    model = fuse_lora(lora_model(checkpoint, 0.3))
+    expected = loss_and_gradients(model, seed=3)
+    other = loss_and_gradients(model, seed=4)
+    assert not torch.equal(other[0], expected[0])
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    found = loss_and_gradients(model, seed=3)
+    torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0)
+    assert_same(found[1], expected[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.5])
+def test_a_mask_keeps_the_right_share_everywhere_and_depends_on_the_seed_alone(rate):
+    x = torch.empty(4003, 1001)
+    mask = _mask(x, rate, 7)
+    assert set(mask.unique().tolist()) == {0.0, 1.0}
+    lanes = [mask.flatten()[i::4].mean().item() for i in range(4)]  # four elements come from one draw
+    assert lanes == pytest.approx([1 - rate] * 4, abs=4.5 * (rate * (1 - rate) / (x.numel() / 4)) ** 0.5)
+    torch.rand(3)
+    assert torch.equal(mask, _mask(x, rate, 7)) and not torch.equal(mask, _mask(x, rate, 8))
+
+
+def test_dropout_is_unbiased(checkpoint):
+    attention = fuse_lora(lora_model(checkpoint, 0.2)).get_base_model().model.layers[0].self_attn
+    group, draws = attention.q_proj.forward.func.__self__, 4000
+    x = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = group(x.expand(draws, 64).contiguous())
+        attention.eval()
+        expected = group(x[None])
+    for y, exact in zip(found, expected, strict=True):
+        error = (y.mean(0) - exact[0]) / (y.std(0) / draws**0.5)  # in standard errors
+        assert y.std(0).min() > 1e-3 and error.abs().max() < 5.5 and error.square().mean().sqrt() < 1.5
+
+
+def test_eval_has_no_dropout_and_an_evaluation_leaves_the_gradients_right(checkpoint):
+    model = fuse_lora(lora_model(checkpoint, 0.3))
+    before = loss_and_gradients(model, seed=2)
+    model.eval()
+    with torch.inference_mode():
+        first, second = model(IDS).logits, model(IDS).logits
+    plain = lora_model(checkpoint, 0.3).eval()
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first.clone(), plain(IDS).logits.detach(), rtol=1e-4, atol=1e-4)
+    after = loss_and_gradients(model.train(), seed=2)
+    assert_same(after[1], before[1], rtol=0, atol=0)
+
+
+def test_a_disabled_adapter_is_exactly_the_base_model(checkpoint):
+    model = lora_model(checkpoint).eval()
+    with torch.no_grad():
+        with model.disable_adapter():
+            base = model(IDS).logits
+        adapted = model(IDS).logits
+        fuse_lora(model)
+        with model.disable_adapter():
+            assert torch.equal(model(IDS).logits, base)
+        torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert (adapted - base).abs().max() > 0.1
+
+
+def test_a_saved_adapter_is_unchanged_and_loads_into_a_fused_model(checkpoint, tmp_path):
+    model = lora_model(checkpoint)
+    names = [name for name, _ in model.named_parameters()]
+    fuse_lora(model).save_pretrained(tmp_path)
+    assert [name for name, _ in model.named_parameters()] == names
+    base = lora_model(checkpoint).unload()
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    plain = loaded(IDS).logits
+    torch.testing.assert_close(fuse_lora(loaded)(IDS).logits, plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.eval()(IDS).logits, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_merged_layers_run_pefts_own_path(checkpoint):
+    model = fuse_lora(lora_model(checkpoint, nf4=False)).eval()
+    adapted = model(IDS).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-3, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-3, atol=1e-4)
+
+
+def test_layers_called_alone_or_out_of_order_give_pefts_values(checkpoint):
+    model = lora_model(checkpoint).eval()
+    attention = model.get_base_model().model.layers[0].self_attn
+    x, other = torch.randn(2, 2, 6, 64, generator=torch.Generator().manual_seed(0))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    expected = {name: [getattr(attention, name)(t) for t in (x, other)] for name in names}
+    fuse_lora(model)
+
+    def call_all(order):
+        for name in order:
+            for i, t in enumerate((x, other)):
+                torch.testing.assert_close(getattr(attention, name)(t), expected[name][i], rtol=1e-4, atol=1e-5)
+
+    call_all(["k_proj", "q_proj", "v_proj", "k_proj", "o_proj"])
+    group = attention.q_proj.forward.func.__self__
+    for order in (["k_proj", "v_proj", "q_proj"], ["v_proj", "q_proj", "k_proj", "q_proj", "v_proj"]):
+        group.around(call_all, order)
+        assert not group.waiting
+
+
+def test_nothing_outlives_a_step(checkpoint):
+    model = fuse_lora(lora_model(checkpoint, 0.1))
+    group = model.get_base_model().model.layers[0].self_attn.q_proj.forward.func.__self__
+    loss_and_gradients(model)
+    assert not group.waiting
+
+    def fail_half_way():
+        group.layers[0](torch.zeros(1, 64))
+        assert set(group.waiting) == {1, 2}
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        group.around(fail_half_way)
+    assert not group.waiting
+
+
+def test_it_saves_the_inputs_and_rank_8_products_alone(checkpoint):
+    saved = {}
+    for kind, model in (("plain", lora_model(checkpoint, 0.1)), ("fused", fuse_lora(lora_model(checkpoint, 0.1)))):
+        mlp = model.get_base_model().model.layers[0].mlp
+        parameters = {p.data_ptr() for p in model.parameters()}
+        sizes = {}
+
+        def pack(t, sizes=sizes, parameters=parameters):
+            if t.data_ptr() not in parameters:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = mlp(torch.ones(1024, 64, requires_grad=True))
+        saved[kind] = sum(sizes.values()) / 1024 / 4
+        del out
+    weights = 2 * 16 * (64 + 2 * 192) / 1024  # A and B in the input's dtype
+    assert saved["fused"] < 64 + 2 * 192 + 16 + 8 + weights + 8
+    assert saved["plain"] > 2 * saved["fused"]
+
+
+def test_other_layers_are_left_alone(checkpoint):
+    model = lora_model(checkpoint, targets=["q_proj", "v_proj", "down_proj"])
+    expected = model(IDS).logits
+    assert torch.equal(fuse_lora(model)(IDS).logits, expected)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert copy.deepcopy(model)(IDS).logits.shape == expected.shape
+
+
+@pytest.mark.parametrize("choices", [{"alpha_pattern": {"k_proj": 3, "up_proj": 5}}, {"rank_pattern": {"v_proj": 4}}, {"use_dora": True},
+                                     {"lora_bias": True}], ids=lambda choices: next(iter(choices)))
+def test_what_is_not_one_plain_lora_gives_pefts_values(checkpoint, choices):
+    model = lora_model(checkpoint, **choices).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name and name.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    expected = model(IDS).logits
+    torch.testing.assert_close(fuse_lora(model)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
