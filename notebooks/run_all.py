@@ -27,6 +27,8 @@ def run_notebook(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     """The executed notebook. A failing cell ends the program, after saying which one and why; what ran before it is kept."""
     notebook = nbformat.read(path, as_version=4)
     code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    for i in code:  # what a commit holds is of another run
+        notebook.cells[i].update(execution_count=None, outputs=[])
 
     def started(cell, cell_index):
         bar.set_postfix_str(f"{path.stem}, cell {code.index(cell_index) + 1} of {len(code)}" if cell_index in code else path.stem)
