@@ -82,7 +82,7 @@ def test_a_notebook_before_its_turn_names_the_one_to_run(notebook_workspace, tmp
     result = run_all("--folder", str(folder), QLORA_WORKSPACE=str(workspace))
     assert result.returncode == 1
     assert f"{name}.ipynb, cell 2 of" in result.stderr
-    assert f"WorkspaceError: {workspace} holds nothing from {missing} yet. Run notebooks/{missing}.ipynb first." in result.stderr
+    assert f"WorkspaceError: workspace holds nothing from {missing} yet. Run notebooks/{missing}.ipynb first." in result.stderr
 
 
 # How run_all.py fails
