@@ -11,6 +11,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 notebooks: $(READY)  ## execute the notebooks in place, on the cpu profile, for a commit
+	rm -rf runs/committed  # a training that is there would be kept, and its cell show nothing
 	QLORA_PROFILE=cpu QLORA_WORKSPACE=runs/committed $(BIN)/python notebooks/run_all.py --in-place
 
 lint: $(READY)
