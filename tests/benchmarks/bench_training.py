@@ -1,15 +1,16 @@
 """Training and scoring speed of this project's own code path on one checkpoint: one line of JSON a setting.
 
     python tests/benchmarks/bench_training.py CHECKPOINT tokens.json --memory-gib 14.74 --force-t4
-    python tests/benchmarks/bench_training.py CHECKPOINT tokens.json --settings fused:32:0 plain:32:all --rows 96 --repeats 1
+    python tests/benchmarks/bench_training.py CHECKPOINT tokens.json --settings plain:8:0 fused:16:0 --rows 96 --repeats 1
 
 CHECKPOINT is a folder that Transformers reads, quantised to NF4 on loading. tokens.json holds `short` (prompts as lists of token ids),
-`label` (each row's class) and `label_ids` (the token ids of each label). A setting is LAYERS:ROWS:CHECKPOINTED: "plain" (PEFT's own
-layers) or "fused", rows a step, and how many decoder layers are checkpointed: a number, "all", or by the batch, as few as leave at most
-N activations of a token in a layer ("80000t"), so that one batch of long rows does not decide for all. A step is a forward pass, a
-backward pass, clipping at 1.0 and AdamW, with a GradScaler in float16, over length-sorted batches in windows of eight. A line says:
-training and scoring rows/s (medians of --repeats), peak reserved GiB of training and of scoring, `first_step_s` (from attaching LoRA to
-the end of the step on the longest rows), `mean_loss` (of the last repeat), or `out_of_memory`.
+`label` (each row's class) and `label_ids` (the token ids of each label). A setting is PATH:ROWS:KEPT. PATH is "fused" (the package's),
+or "plain", the loop that one would write first: PEFT's own layers, left-padded batches in random order, `logits_to_keep=1`. ROWS is rows a
+step. KEPT is "all" or "none" of the decoder layers' activations kept for backward, a number of activations (as a batch plan has it), or
+"plan" to let the package plan with ROWS as effective batch. A step is forward, backward, clipping at 1.0 and AdamW, with a GradScaler in
+float16; the package's batches are sorted by length in windows of eight. A line says: training and scoring rows/s (medians of --repeats),
+peak reserved GiB of training and of scoring, `first_step_s` (from attaching LoRA to the end of a step on the longest rows), `mean_loss`
+(of the last repeat), or `out_of_memory`.
 """
 
 import argparse
@@ -23,15 +24,13 @@ import time
 from pathlib import Path
 
 import torch
-from fused_lora import fuse_lora
 from peft import LoraConfig
 
-from qlora_helpers import modeling, scoring
+from qlora_helpers import batching, modeling, scoring
 from qlora_helpers.config import RunConfig
+from qlora_helpers.packing import use_packed_attention
 
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SETTINGS = ["plain:16:all", "plain:32:all", "fused:16:all", "fused:32:all", "fused:64:all",
-            "fused:16:60000t", "fused:32:60000t", "fused:32:80000t", "fused:64:60000t", "fused:64:80000t"]
+SETTINGS = ["plain:16:none", "fused:16:plan", "fused:32:plan", "fused:64:plan", "fused:128:plan"]
 
 
 def main() -> None:
@@ -40,10 +39,11 @@ def main() -> None:
     parser.add_argument("tokens")
     parser.add_argument("--memory-gib", type=float, help="the GPU memory to use; all of it without this")
     parser.add_argument("--force-t4", action="store_true", help="float16, and none of the attention kernels that a T4 lacks")
-    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="LAYERS:ROWS:CHECKPOINTED")
+    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="PATH:ROWS:KEPT")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="also print where the GPU's time goes in two steps of each setting")
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--profile", action="store_true", help="also print where the time goes in two steps of each setting")
     args = parser.parse_args()
     tokens = json.loads(Path(args.tokens).read_text())
     if args.memory_gib:
@@ -62,19 +62,33 @@ def main() -> None:
 
 
 def measure(base, tokens: dict, setting: str, args) -> dict:
-    layers, size, checkpointed = setting.split(":")
-    result, size, start = {}, int(size), time.perf_counter()
+    path, size, kept = setting.split(":")
+    result, size, fused = {}, int(size), path == "fused"
+    prompts, label_ids = tokens["short"][:args.rows], [ids[0] for ids in tokens["label_ids"]]
     reset_peak()
-    model = modeling.attach_lora(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=ALL_LINEAR), seed=0)
-    for module in base.modules():
-        module.__dict__.pop("forward", None)  # what an earlier setting fused
-    if layers == "fused":
-        fuse_lora(model)
-    model.train()
+    start = time.perf_counter()
+    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=args.dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = modeling.attach_lora(base, lora, seed=0).train()
+    logits = scoring.label_logits
+    if not fused:
+        base.set_attn_implementation("sdpa")
+        for module in base.modules():
+            module.__dict__.pop("forward", None)  # what attach_lora fused
+        logits = plain_logits
     try:
-        step = training_step(model, tokens, checkpointed)
-        batches = sorted_batches(tokens["short"], args.rows, size)
-        step(batches[0])  # the longest rows come first
+        if kept == "plan":
+            plan = batching.plan_encoded(model, prompts, label_ids, size)
+            result["plan"] = vars(plan)
+        else:
+            most = len(batching.decoder_layers(model)) * 10**6
+            plan = batching.BatchPlan(size, 1, {"all": most, "none": 0}.get(kept) if kept in ("all", "none") else int(kept), None, "")
+        torch.manual_seed(0)
+        step = training_step(model, logits, tokens, label_ids, plan)
+        order = random.Random(0).sample(range(len(prompts)), len(prompts))
+        if fused:
+            order = sum((sorted(order[i:i + 8 * size], key=lambda j: -len(prompts[j])) for i in range(0, len(order), 8 * size)), [])
+        batches = [order[i:i + size] for i in range(0, len(order), size)]
+        step(sorted(range(len(prompts)), key=lambda j: -len(prompts[j]))[:size])
         synchronize()
         result["first_step_s"] = round(time.perf_counter() - start, 2)
         step(batches[-1])
@@ -84,7 +98,7 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
             start = time.perf_counter()
             losses = [step(batch) for batch in batches]
             synchronize()
-            rates.append(args.rows / (time.perf_counter() - start))
+            rates.append(len(prompts) / (time.perf_counter() - start))
         result |= {"train_rows_per_s": round(statistics.median(rates), 2), "mean_loss": round(torch.stack(losses).mean().item(), 4)}
         if args.profile:
             print(profile(step, batches[:2]), flush=True)
@@ -92,70 +106,62 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
         model.zero_grad(set_to_none=True)
         del step
         reset_peak()
-        result["score_rows_per_s"] = round(statistics.median(score(model, tokens, args.rows) for _ in range(args.repeats)), 2)
-        result["score_peak_reserved_gib"] = peak_gib()
+        groups = scoring.length_batches(prompts, scoring.TOKENS_PER_BATCH[model.device.type]) if fused else [
+            order[i:i + 16] for i in range(0, len(order), 16)]
+        rates = [score(model.eval(), logits, prompts, groups, label_ids) for _ in range(args.repeats)]
+        result |= {"score_rows_per_s": round(statistics.median(rates), 2), "score_peak_reserved_gib": peak_gib()}
     except torch.OutOfMemoryError:
         result["out_of_memory"] = True
-    base.gradient_checkpointing_disable()
+    batching.checkpoint_layers(model, 0)
+    use_packed_attention(base)
     model.unload()
     return result
 
 
-def checkpoint_layers(base, setting: str, tokens: int) -> None:
-    """Checkpoint the first decoder layers, as many as `setting` asks for at `tokens` padded tokens a batch."""
-    layers = base.base_model.layers
-    count = len(layers) if setting == "all" else len(layers) - int(setting[:-1]) // tokens if setting.endswith("t") else int(setting)
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i < count
+def plain_logits(model, encoded, label_ids: list[int]) -> torch.Tensor:
+    """The label tokens' logits by the library alone: left-padded, masked, the whole vocabulary at the last place."""
+    width = max(map(len, encoded))
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in encoded], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
+    amp = model.device.type == "cuda"
+    with torch.autocast("cuda", model.dtype) if amp else contextlib.nullcontext():
+        return model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits[:, -1, label_ids].float()
 
 
-def sorted_batches(prompts: list[list[int]], rows: int, size: int) -> list[list[int]]:
-    """Row numbers in batches of `size`: shuffled, then longest first inside windows of eight batches."""
-    order = random.Random(0).sample(range(rows), rows)
-    order = sum((sorted(order[i:i + 8 * size], key=lambda j: -len(prompts[j])) for i in range(0, rows, 8 * size)), [])
-    return [order[i:i + size] for i in range(0, rows, size)]
-
-
-def training_step(model, tokens: dict, checkpointed: str):
-    """A function that trains on one batch of row numbers, as the Trainer would, and returns its loss."""
-    device, half = model.device, model.dtype == torch.float16
+def training_step(model, logits, tokens: dict, label_ids: list[int], plan: batching.BatchPlan):
+    """A function that trains on one effective batch of row numbers, as the Trainer would, and returns its loss."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2e-4, weight_decay=0.0, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
-    labels = torch.tensor(tokens["label"], device=device)
-    label_ids = [ids[0] for ids in tokens["label_ids"]]
-    autocast = torch.autocast(device.type, model.dtype) if model.dtype != torch.float32 else contextlib.nullcontext()
-
-    base = model.get_base_model()
-    base.gradient_checkpointing_enable({"use_reentrant": False})  # gives every layer what it needs for it
+    scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
+    layers = len(batching.decoder_layers(model))
 
     def step(batch: list[int]) -> torch.Tensor:
-        inputs = scoring.pad([tokens["short"][j] for j in batch], 0)  # padding is not read: any id will do
-        checkpoint_layers(base, checkpointed, inputs["input_ids"].numel())
-        with autocast:
-            logits = scoring.label_logits(model, *(x.to(device) for x in inputs.values()), label_ids)
-            loss = torch.nn.functional.cross_entropy(logits, labels[batch])
-        scaler.scale(loss).backward()
+        total = 0.0
+        for i in range(0, len(batch), plan.micro_batch_size):
+            rows = batch[i:i + plan.micro_batch_size]
+            encoded = [tokens["short"][j] for j in rows]
+            batching.checkpoint_layers(model, plan.checkpointed_layers(layers, sum(map(len, encoded))))
+            labels = torch.tensor([tokens["label"][j] for j in rows], device=model.device)
+            loss = torch.nn.functional.cross_entropy(logits(model, encoded, label_ids), labels, reduction="sum") / len(batch)
+            scaler.scale(loss).backward()
+            total += loss.detach()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return total
     return step
 
 
-@torch.inference_mode()
-def score(model, tokens: dict, rows: int) -> float:
-    """Rows a second through the batches of `scoring.label_probabilities`."""
-    model.eval()
-    prompts, label_ids = tokens["short"][:rows], [ids[0] for ids in tokens["label_ids"]]
+@torch.no_grad()
+def score(model, logits, prompts: list[list[int]], groups: list[list[int]], label_ids: list[int]) -> float:
+    """Rows a second through `groups` of row numbers."""
     synchronize()
     start = time.perf_counter()
-    for batch in scoring.length_batches(prompts, scoring.TOKENS_PER_BATCH[model.device.type]):
-        inputs = scoring.pad([prompts[j] for j in batch], 0)  # padding is not read: any id will do
-        scoring.label_logits(model, *(x.to(model.device) for x in inputs.values()), label_ids).cpu()
-    return rows / (time.perf_counter() - start)
+    for group in groups:
+        logits(model, [prompts[j] for j in group], label_ids).cpu()
+    return len(prompts) / (time.perf_counter() - start)
 
 
 def profile(step, batches) -> str:

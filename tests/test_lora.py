@@ -1,17 +1,19 @@
-"""fuse_lora against PEFT's own path: values, gradients, dropout, checkpointing, and PEFT's switches."""
+"""Packed batches and fuse_lora against rows run one by one through PEFT's own layers: values, gradients, dropout, PEFT's switches."""
 
 import copy
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from fused_lora import _mask, fuse_lora
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
 
+from qlora_helpers.lora import _Group, _linear, _mask, fuse_lora
+from qlora_helpers.packing import pack, use_packed_attention
+
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-IDS = torch.tensor([[5, 3, 9, 40, 7, 11], [8, 2, 2, 33, 21, 6]])
+ROWS = [[5, 3, 9, 40, 7, 11], [8, 2], [33, 21, 6, 6], [50]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,10 +51,25 @@ def lora_model(checkpoint, dropout=0.0, dtype=torch.float32, nf4=True, targets=A
     return model.train()
 
 
-def loss_and_gradients(model, seed=0) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def logits(model) -> torch.Tensor:
+    """(rows, vocabulary), at each row's last token, of ROWS as a packed batch."""
+    base = model.get_base_model()
+    use_packed_attention(base)
+    packed = pack(ROWS, base.device)
+    return base.lm_head(base.base_model(**packed, use_cache=False).last_hidden_state[0, packed["ends"]])
+
+
+def logits_one_by_one(model) -> torch.Tensor:
+    """The same by the library alone: each row a batch of its own."""
+    base = model.get_base_model()
+    base.set_attn_implementation("sdpa")
+    return torch.cat([base(torch.tensor([row], device=base.device)).logits[:, -1] for row in ROWS])
+
+
+def loss_and_gradients(model, seed=0, logits=logits) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     torch.manual_seed(seed)
     model.zero_grad()
-    loss = cross_entropy(model(IDS).logits[:, -1].float(), torch.tensor([1, 2]))
+    loss = cross_entropy(logits(model).float(), torch.tensor([1, 2, 3, 4]))
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -65,12 +82,12 @@ def assert_same(found, expected, **tolerance):
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "linear"])
-def test_values_and_gradients_equal_pefts_own(checkpoint, nf4):
+def test_a_packed_batch_gives_the_values_and_gradients_of_its_rows(checkpoint, nf4):
     model = lora_model(checkpoint, nf4=nf4)
-    expected = loss_and_gradients(model)
-    found = loss_and_gradients(fuse_lora(model))
-    torch.testing.assert_close(found[0], expected[0])
-    assert_same(found[1], expected[1], rtol=1e-3, atol=1e-5)
+    expected = loss_and_gradients(model, logits=logits_one_by_one)
+    for found in (loss_and_gradients(model), loss_and_gradients(fuse_lora(model))):
+        torch.testing.assert_close(found[0], expected[0])
+        assert_same(found[1], expected[1], rtol=1e-3, atol=1e-5)
 
 
 def test_half_precision_keeps_float32_gradients_no_further_off_than_pefts(checkpoint):
@@ -82,31 +99,30 @@ def test_half_precision_keeps_float32_gradients_no_further_off_than_pefts(checkp
     exact = loss_and_gradients(lora_model(checkpoint))[1]
     low, fused_low = lora_model(checkpoint, dtype=torch.bfloat16), fuse_lora(lora_model(checkpoint, dtype=torch.bfloat16))
     assert error(fused_low, exact) < 1.2 * error(low, exact)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert error(fused_low, exact) < 1.2 * error(low, exact)
-        assert error(fuse_lora(lora_model(checkpoint)), exact) < 1.2 * error(lora_model(checkpoint), exact)
 
 
-def reference_with_masks(model, dropout, seed):
-    """PEFT's own path, with each dropout replaced by the mask that the fused layers draw, in their order."""
-    generator = torch.Generator().manual_seed(seed)
+def reference_with_masks(model, dropout):
+    """PEFT's own path, with each dropout replaced by the mask that the fused layers draw, in their order: of an MLP, both at once."""
     drawn = {}
 
-    def masked(x, group, rate):
-        if drawn.get("group") is not group:
-            drawn.update(group=group, mask=_mask(x, rate, int(torch.empty((), dtype=torch.int64).random_(generator=generator))))
-        return x * drawn["mask"] / (1 - rate)
+    def masked(x, group, layer):
+        if group[0] == "gate_proj" and drawn.get("seeds") is None:
+            drawn["seeds"] = {name: int(torch.randint(2**31 - 1, ())) for name in ("gate_proj", "down_proj")}
+        if group[0] in ("q_proj", "o_proj") and drawn.get("group") is not group:
+            drawn.update(group=group, seed=int(torch.randint(2**31 - 1, ())), seeds=None)
+        seed = drawn["seeds"][group[0]] if drawn["seeds"] else drawn["seed"]
+        return x * _mask(x[0], dropout, seed) / (1 - dropout)
 
     for layer in model.get_base_model().model.layers:
         for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
             for name in group:
-                module = getattr(layer.self_attn if name[0] in "qkvo" and hasattr(layer.self_attn, name) else layer.mlp, name)
-                module.lora_dropout["default"].forward = lambda x, group=group: masked(x, group, dropout)
+                module = getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
+                module.lora_dropout["default"].forward = lambda x, group=group, layer=layer: masked(x, group, layer)
     return model
 
 
 def test_gradients_with_dropout_are_those_of_the_masks_drawn(checkpoint):
-    reference = loss_and_gradients(reference_with_masks(lora_model(checkpoint, 0.3), 0.3, seed=5))
+    reference = loss_and_gradients(reference_with_masks(lora_model(checkpoint, 0.3), 0.3), seed=5)
     found = loss_and_gradients(fuse_lora(lora_model(checkpoint, 0.3)), seed=5)
     torch.testing.assert_close(found[0], reference[0])
     assert_same(found[1], reference[1], rtol=1e-3, atol=1e-5)
@@ -135,16 +151,15 @@ def test_a_mask_keeps_the_right_share_everywhere_and_depends_on_the_seed_alone(r
 
 
 def test_dropout_is_unbiased(checkpoint):
-    attention = fuse_lora(lora_model(checkpoint, 0.2)).get_base_model().model.layers[0].self_attn
-    group, draws = attention.q_proj.forward.func.__self__, 4000
+    attention = lora_model(checkpoint, 0.2).get_base_model().model.layers[0].self_attn
+    group, draws = _Group([attention.q_proj, attention.k_proj, attention.v_proj]), 4000
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = group(x.expand(draws, 64).contiguous())
+        found = _linear(group, x.expand(draws, 64).contiguous())
         attention.eval()
-        expected = group(x[None])
-    for y, exact in zip(found, expected, strict=True):
-        error = (y.mean(0) - exact[0]) / (y.std(0) / draws**0.5)  # in standard errors
-        assert y.std(0).min() > 1e-3 and error.abs().max() < 5.5 and error.square().mean().sqrt() < 1.5
+        expected = _linear(group, x[None])
+    error = (found.mean(0) - expected[0]) / (found.std(0) / draws**0.5)  # in standard errors
+    assert found.std(0).min() > 1e-3 and error.abs().max() < 5.5 and error.square().mean().sqrt() < 1.5
 
 
 def test_eval_has_no_dropout_and_an_evaluation_leaves_the_gradients_right(checkpoint):
@@ -152,10 +167,10 @@ def test_eval_has_no_dropout_and_an_evaluation_leaves_the_gradients_right(checkp
     before = loss_and_gradients(model, seed=2)
     model.eval()
     with torch.inference_mode():
-        first, second = model(IDS).logits, model(IDS).logits
+        first, second = logits(model), logits(model)
     plain = lora_model(checkpoint, 0.3).eval()
     assert torch.equal(first, second)
-    torch.testing.assert_close(first.clone(), plain(IDS).logits.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.clone(), logits(plain).detach(), rtol=1e-4, atol=1e-4)
     after = loss_and_gradients(model.train(), seed=2)
     assert_same(after[1], before[1], rtol=0, atol=0)
 
@@ -164,12 +179,12 @@ def test_a_disabled_adapter_is_exactly_the_base_model(checkpoint):
     model = lora_model(checkpoint).eval()
     with torch.no_grad():
         with model.disable_adapter():
-            base = model(IDS).logits
-        adapted = model(IDS).logits
+            base = logits(model)
+        adapted = logits(model)
         fuse_lora(model)
         with model.disable_adapter():
-            assert torch.equal(model(IDS).logits, base)
-        torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-4, atol=1e-4)
+            assert torch.equal(logits(model), base)
+        torch.testing.assert_close(logits(model), adapted, rtol=1e-4, atol=1e-4)
     assert (adapted - base).abs().max() > 0.1
 
 
@@ -180,54 +195,30 @@ def test_a_saved_adapter_is_unchanged_and_loads_into_a_fused_model(checkpoint, t
     assert [name for name, _ in model.named_parameters()] == names
     base = lora_model(checkpoint).unload()
     loaded = PeftModel.from_pretrained(base, tmp_path).eval()
-    plain = loaded(IDS).logits
-    torch.testing.assert_close(fuse_lora(loaded)(IDS).logits, plain, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(model.eval()(IDS).logits, plain, rtol=1e-4, atol=1e-4)
+    plain = logits(loaded)
+    torch.testing.assert_close(logits(fuse_lora(loaded)), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(model.eval()), plain, rtol=1e-4, atol=1e-4)
 
 
 def test_merged_layers_run_pefts_own_path(checkpoint):
     model = fuse_lora(lora_model(checkpoint, nf4=False)).eval()
-    adapted = model(IDS).logits
+    adapted = logits(model)
     model.merge_adapter()
-    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-3, atol=1e-4)
     model.unmerge_adapter()
-    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-3, atol=1e-4)
 
 
-def test_layers_called_alone_or_out_of_order_give_pefts_values(checkpoint):
+def test_what_is_not_a_packed_batch_runs_pefts_own_path(checkpoint):
     model = lora_model(checkpoint).eval()
-    attention = model.get_base_model().model.layers[0].self_attn
-    x, other = torch.randn(2, 2, 6, 64, generator=torch.Generator().manual_seed(0))
-    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
-    expected = {name: [getattr(attention, name)(t) for t in (x, other)] for name in names}
+    row, x = torch.tensor([ROWS[0]]), torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
+    layers = {name: layer for name, layer in model.named_modules() if name.endswith("_proj") and x.shape[-1] == layer.in_features}
+    assert len(layers) == 12
+    expected, alone = model(row).logits, {name: layer(x) for name, layer in layers.items()}
     fuse_lora(model)
-
-    def call_all(order):
-        for name in order:
-            for i, t in enumerate((x, other)):
-                torch.testing.assert_close(getattr(attention, name)(t), expected[name][i], rtol=1e-4, atol=1e-5)
-
-    call_all(["k_proj", "q_proj", "v_proj", "k_proj", "o_proj"])
-    group = attention.q_proj.forward.func.__self__
-    for order in (["k_proj", "v_proj", "q_proj"], ["v_proj", "q_proj", "k_proj", "q_proj", "v_proj"]):
-        group.around(call_all, order)
-        assert not group.waiting
-
-
-def test_nothing_outlives_a_step(checkpoint):
-    model = fuse_lora(lora_model(checkpoint, 0.1))
-    group = model.get_base_model().model.layers[0].self_attn.q_proj.forward.func.__self__
-    loss_and_gradients(model)
-    assert not group.waiting
-
-    def fail_half_way():
-        group.layers[0](torch.zeros(1, 64))
-        assert set(group.waiting) == {1, 2}
-        raise RuntimeError("stop")
-
-    with pytest.raises(RuntimeError, match="stop"):
-        group.around(fail_half_way)
-    assert not group.waiting
+    torch.testing.assert_close(model(row).logits, expected, rtol=1e-4, atol=1e-4)
+    for name, layer in layers.items():
+        torch.testing.assert_close(layer(x), alone[name], rtol=1e-4, atol=1e-5)
 
 
 def test_it_saves_the_inputs_and_rank_8_products_alone(checkpoint):
@@ -242,7 +233,7 @@ def test_it_saves_the_inputs_and_rank_8_products_alone(checkpoint):
                 sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = mlp(torch.ones(1024, 64, requires_grad=True))
+            out = mlp(torch.ones(1, 1024, 64, requires_grad=True))
         saved[kind] = sum(sizes.values()) / 1024 / 4
         del out
     weights = 2 * 16 * (64 + 2 * 192) / 1024  # A and B in the input's dtype
@@ -252,10 +243,10 @@ def test_it_saves_the_inputs_and_rank_8_products_alone(checkpoint):
 
 def test_other_layers_are_left_alone(checkpoint):
     model = lora_model(checkpoint, targets=["q_proj", "v_proj", "down_proj"])
-    expected = model(IDS).logits
-    assert torch.equal(fuse_lora(model)(IDS).logits, expected)
+    expected = logits(model)
+    assert torch.equal(logits(fuse_lora(model)), expected)
     assert not any("forward" in vars(module) for module in model.modules())
-    assert copy.deepcopy(model)(IDS).logits.shape == expected.shape
+    assert logits(copy.deepcopy(model)).shape == expected.shape
 
 
 @pytest.mark.parametrize("choices", [{"alpha_pattern": {"k_proj": 3, "up_proj": 5}}, {"rank_pattern": {"v_proj": 4}}, {"use_dora": True},
@@ -265,5 +256,5 @@ def test_what_is_not_one_plain_lora_gives_pefts_values(checkpoint, choices):
     for name, weight in model.named_parameters():
         if "lora_B" in name and name.endswith("bias"):
             torch.nn.init.normal_(weight)
-    expected = model(IDS).logits
-    torch.testing.assert_close(fuse_lora(model)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    expected = logits(model)
+    torch.testing.assert_close(logits(fuse_lora(model)), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,296 @@
+"""Decoder layers with LoRA in fewer and leaner passes: PEFT's values and gradients, sooner and in less memory."""
+
+from functools import cache, partial, wraps
+from importlib.util import find_spec
+
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+
+from qlora_helpers.packing import take
+
+_FAMILIES = ("Llama", "Mistral")  # whose attention and MLP compute what is computed here
+
+
+def fuse_lora(model: PeftModel) -> PeftModel:
+    """`model`, patched in place: the attention and the MLP of a Llama or Mistral run packed batches with LoRA in few passes.
+
+    Layers that read the same input (q, k, v; gate, up) share its dropout mask: still dropout on each layer's input. A mask is drawn
+    again in backward from its seed, which comes from the CPU's default generator. Only inputs and rank-r products are kept for
+    backward; LoRA products run in the input's dtype, from float32 weights. Where an adapter is switched off, merged, or more than
+    plain LoRA beside frozen weights, and where a batch is not packed, PEFT's own layers run. Frozen weights become views of one
+    matrix a group, their scales float32 (the same values): move or deep-copy a model before, not after.
+    """
+    for block in list(model.modules()):
+        block.__dict__.pop("forward", None)  # of an adapter that was there before: kept, it would hold that one's memory
+        kind = type(block).__name__
+        if kind in {family + "RMSNorm" for family in _FAMILIES} and block.weight.is_cuda:
+            block.forward = partial(rms_norm, normalized_shape=block.weight.shape, weight=block.weight, eps=block.variance_epsilon)
+        elif kind in {family + "Attention" for family in _FAMILIES}:
+            groups = _groups([block.q_proj, block.k_proj, block.v_proj], [block.o_proj])
+            if groups:
+                block.forward = partial(_attention, block, *groups, block.forward)
+        elif kind in {family + "MLP" for family in _FAMILIES} and block.config.hidden_act == "silu":
+            groups = _groups([block.gate_proj, block.up_proj], [block.down_proj])
+            if groups:
+                block.forward = partial(_mlp, *groups, block.forward)
+    return model
+
+
+def _groups(*groups) -> "list[_Group] | None":
+    for layer in (layer for group in groups for layer in group):
+        if not isinstance(layer, LoraLayer) or layer.lora_variant or any(layer.lora_bias.values()):
+            return None
+        base = layer.base_layer
+        packed = getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False)  # has no backward
+        if packed or type(base) not in (Linear4bit, nn.Linear) or base.bias is not None or base.weight.requires_grad:
+            return None
+    return [_Group(group) for group in groups]
+
+
+class _Group:
+    """LoRA layers that read the same input, their frozen weights merged into one matrix (outputs of all, inputs)."""
+
+    def __init__(self, layers):
+        self.layers, self.sizes, self.state = layers, [layer.out_features for layer in layers], None
+        weights = [layer.base_layer.weight for layer in layers]
+        self.weight = _merge(weights, [weight.data for weight in weights], "data")
+        if isinstance(layers[0].base_layer, Linear4bit):
+            states = [weight.quant_state for weight in weights]
+            scales = [dequantize_blockwise(s.absmax, s.state2) + s.offset if s.nested else s.absmax for s in states]
+            scales, shape = _merge(states, scales, "absmax"), torch.Size([sum(self.sizes), states[0].shape[1]])
+            for state in states:
+                state.nested, state.state2, state.offset = False, None, None
+            dtype = layers[0].base_layer.compute_dtype or state.dtype  # a checkpoint quantised elsewhere may say another
+            self.state = QuantState(scales, shape, state.code, state.blocksize, state.quant_type, dtype)
+
+    def adapter(self) -> tuple | None:
+        """Scaling and present dropout rate of the one adapter at work, the same in all layers; None without one."""
+        name, *others = self.layers[0].active_adapters or [None]
+        found = set()
+        for layer in self.layers:
+            if others or layer.disable_adapters or layer.merged or layer.active_adapters != [name] or name not in layer.lora_A:
+                return None
+            dropout = layer.lora_dropout[name]  # an Identity where the rate is zero
+            rate = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+            found.add((name, layer.r[name], layer.scaling[name], rate))
+        return found.pop()[2:] if len(found) == 1 else None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Each layer's A (r, inputs), then each layer's B (outputs, r)."""
+        name = self.layers[0].active_adapters[0]
+        return [getattr(layer, matrix)[name].weight for matrix in ("lora_A", "lora_B") for layer in self.layers]
+
+    def frozen(self, dtype) -> torch.Tensor:
+        """(outputs of all, inputs)"""
+        return (dequantize_4bit(self.weight, self.state) if self.state else self.weight).to(dtype)
+
+    def adapted(self, parameters, scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (n r, inputs) times `scale`, and B (outputs of all, n r), block-diagonal."""
+        n = len(self.layers)
+        return torch.cat(parameters[:n]).mul_(scale).to(dtype), torch.block_diag(*parameters[n:]).to(dtype)
+
+    def gradients(self, grad_a, grads_b, scale) -> list[torch.Tensor]:
+        """Of `parameters`, in float32, from those of A (n r, inputs) and of each layer's rows of B (outputs, n r)."""
+        n = len(self.layers)
+        return [*grad_a.float().mul_(scale).chunk(n), *(grad.chunk(n, 1)[i].float() for i, grad in enumerate(grads_b))]
+
+
+def _merge(owners, tensors, attribute) -> torch.Tensor:
+    whole = torch.cat(tensors)
+    for owner, part in zip(owners, whole.split([len(tensor) for tensor in tensors]), strict=True):
+        setattr(owner, attribute, part)
+    return whole
+
+
+def _attention(block, qkv, out, plain, hidden_states, position_embeddings, attention_mask=None, *args, real=None, place=None,
+               shape=None, **kwargs):
+    if real is None or not (qkv.adapter() and out.adapter()):
+        return plain(hidden_states, position_embeddings, attention_mask, *args, real=real, place=place, shape=shape, **kwargs)
+    query, key, value = _Heads.apply(_linear(qkv, hidden_states[0]), *position_embeddings, real, place, shape, block)
+    attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=block.scaling)
+    return _linear(out, take(attended, real))[None], None
+
+
+def _mlp(pair, down, plain, x):
+    if not (pair.adapter() and down.adapter()):
+        return plain(x)
+    return _SwiGlu.apply(pair, down, *_choices(pair), *_choices(down), x.flatten(0, -2), *pair.parameters(), *down.parameters()).view_as(x)
+
+
+def _linear(group, x):
+    return _Linear.apply(group, *_choices(group), x, *group.parameters())
+
+
+def _choices(group) -> tuple[float, float, int]:
+    """Scale of A's product, dropout rate, and the seed of a mask."""
+    scaling, rate = group.adapter()
+    return scaling / (1 - rate), rate, int(torch.randint(2**31 - 1, ())) if rate else 0
+
+
+class _Linear(torch.autograd.Function):
+    """(tokens, inputs) to (tokens, outputs of all)"""
+
+    @staticmethod
+    def forward(ctx, group, scale, rate, seed, x, *parameters):
+        a, b = group.adapted(parameters, scale, x.dtype)
+        inner = _drop(x, rate, seed) @ a.T
+        ctx.save_for_backward(x, inner, a, b)
+        ctx.choices = group, scale, rate, seed
+        return (inner @ b.T).addmm_(x, group.frozen(x.dtype).T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (group, scale, rate, seed), (x, inner, a, b) = ctx.choices, ctx.saved_tensors
+        grads_b = (grad.T @ inner).split(group.sizes)
+        inner = grad @ b
+        grad_x, kept = _drop_backward(grad @ group.frozen(x.dtype), inner @ a, x, rate, seed)
+        return None, None, None, None, grad_x, *group.gradients(inner.T @ kept, grads_b, scale)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """down(silu(gate(x)) * up(x)) for x (tokens, inputs)"""
+
+    @staticmethod
+    def forward(ctx, pair, down, scale, rate, seed, down_scale, down_rate, down_seed, x, *parameters):
+        (a, b), (down_a, down_b) = pair.adapted(parameters[:4], scale, x.dtype), down.adapted(parameters[4:], down_scale, x.dtype)
+        inner = _drop(x, rate, seed) @ a.T
+        # one product each: the halves of a common one would not be contiguous, and every pass over them slower
+        gate, up = ((inner @ rows.T).addmm_(x, weight.T)
+                    for rows, weight in zip(b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes), strict=True))
+        hidden, kept = _swiglu(gate, up, down_rate, down_seed)
+        down_inner = kept @ down_a.T
+        ctx.save_for_backward(x, gate, up, inner, a, b, down_inner, down_a, down_b)
+        ctx.choices = pair, down, scale, rate, seed, down_scale, down_rate, down_seed
+        return (down_inner @ down_b.T).addmm_(hidden, down.frozen(x.dtype).T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        pair, down, scale, rate, seed, down_scale, down_rate, down_seed = ctx.choices
+        x, gate, up, inner, a, b, down_inner, down_a, down_b = ctx.saved_tensors
+        grads_down_b = [grad.T @ down_inner]
+        down_inner = grad @ down_b
+        grad_gate, grad_up, kept = _swiglu_backward(grad @ down.frozen(x.dtype), down_inner @ down_a, gate, up, down_rate, down_seed)
+        of_down = down.gradients(down_inner.T @ kept, grads_down_b, down_scale)
+        del kept
+        grads_b = [grad_gate.T @ inner, grad_up.T @ inner]
+        (gate_b, up_b), (gate_weight, up_weight) = b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes)
+        inner = (grad_gate @ gate_b).addmm_(grad_up, up_b)
+        grad_x, kept = _drop_backward((grad_gate @ gate_weight).addmm_(grad_up, up_weight), inner @ a, x, rate, seed)
+        return *[None] * 8, grad_x, *pair.gradients(inner.T @ kept, grads_b, scale), *of_down
+
+
+class _Heads(torch.autograd.Function):
+    """Query, key and value (rows, heads, width, size) of a packed batch from (tokens, all heads' outputs): keys and values repeated
+    for their queries, queries and keys rotated by their positions (arXiv:2104.09864). Padding holds some token's values, which no
+    token before it attends to."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, real, place, shape, block):
+        ctx.save_for_backward(cos, sin, real)
+        ctx.size, ctx.groups = block.head_dim, block.num_key_value_groups
+        heads = _heads(qkv, cos[0], sin[0], place, ctx.size, ctx.groups)
+        return tuple(head.view(*shape, -1, ctx.size).transpose(1, 2) for head in heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        cos, sin, real = ctx.saved_tensors
+        grads = [grad.transpose(1, 2).flatten(0, 1) for grad in grads]
+        return _heads_backward(*grads, cos[0], sin[0], real, ctx.groups), None, None, None, None, None, None
+
+
+def _one_pass(dynamic):
+    """On a GPU, a function compiled to one kernel, at once for all shapes and seeds (True) or for those that are seen to change (None);
+    elsewhere as it stands."""
+    def decorate(function):
+        compiled = cache(lambda: torch.compile(function, dynamic=dynamic) if find_spec("triton") else function)
+
+        @wraps(function)
+        def call(x, *args):
+            return (compiled() if x.is_cuda else function)(x, *args)
+        return call
+    return decorate
+
+
+def _mask(x, rate, seed) -> torch.Tensor:
+    """1 where an element of `x` (tokens, width) is kept, 0 where it is dropped, in its dtype: a function of the seed alone."""
+    if not x.is_cuda:
+        # a draw of 64 bits serves four elements, which rounds the rate to 1/65536: one draw each took a fifth of a training step
+        generator = torch.Generator().manual_seed(seed)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)
+        return torch.ge(bits[:x.numel()].view(x.shape), round(rate * 65536) - 32768, out=torch.empty_like(x))
+    rows, columns = (torch.arange(n, dtype=torch.int32, device=x.device) for n in x.shape)
+    return (_mix(_mix(rows[:, None] * x.shape[1] + columns) + seed) & 0x7fffffff >= round(rate * 2**31)).to(x.dtype)
+
+
+def _mix(x) -> torch.Tensor:
+    """An int32 hash, arithmetic alone, so that it costs no memory traffic: a multiply-xorshift finaliser."""
+    x = (x ^ (x >> 16 & 0xffff)) * 0x7feb352d
+    x = (x ^ (x >> 15 & 0x1ffff)) * -0x7b935975
+    return x ^ (x >> 16 & 0xffff)
+
+
+@_one_pass(dynamic=True)
+def _dropped(x, rate, seed):
+    return x * _mask(x, rate, seed)
+
+
+def _drop(x, rate, seed):
+    return _dropped(x, rate, seed) if rate else x
+
+
+@_one_pass(dynamic=True)
+def _drop_gradients(grad, low, x, rate, seed):
+    mask = _mask(x, rate, seed)
+    return torch.addcmul(grad, low, mask), x * mask
+
+
+def _drop_backward(grad, low, x, rate, seed):
+    """The gradient of x from that of the frozen product and that of the dropped x, and the dropped x."""
+    return _drop_gradients(grad, low, x, rate, seed) if rate else (grad.add_(low), x)
+
+
+@_one_pass(dynamic=True)
+def _swiglu(gate, up, rate, seed):
+    hidden = nn.functional.silu(gate) * up
+    return hidden, hidden * _mask(gate, rate, seed) if rate else hidden
+
+
+@_one_pass(dynamic=True)
+def _swiglu_backward(grad, low, gate, up, rate, seed):
+    mask = _mask(gate, rate, seed) if rate else None
+    grad = grad + low if mask is None else torch.addcmul(grad, low, mask)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    hidden = silu * up
+    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu, hidden if mask is None else hidden * mask
+
+
+def _rotate(x, cos, sin):
+    """x, its two halves as the coordinates of points turned by the angles of `cos` and `sin`; -sin turns them back."""
+    half = x.shape[-1] // 2
+    sign = torch.where(torch.arange(x.shape[-1], device=x.device) < half, -1, 1).to(x.dtype)
+    return x * cos[:, None] + x.roll(half, -1) * (sin * sign)[:, None]
+
+
+@_one_pass(dynamic=None)
+def _heads(qkv, cos, sin, place, size, groups):
+    qkv, cos, sin = qkv.view(len(qkv), -1, size)[place], cos[place], sin[place]
+    n = qkv.shape[1] // (groups + 2)
+    query, key, value = qkv.split([groups * n, n, n], 1)
+    return (_rotate(query, cos, sin), _rotate(key, cos, sin).repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
+@_one_pass(dynamic=None)
+def _heads_backward(query, key, value, cos, sin, real, groups):
+    # a sum of slices: as a reduction it becomes a kernel of its own, ten times slower
+    key, value = (sum(x[real].unflatten(1, (-1, groups)).unbind(2)) for x in (key, value))
+    return torch.cat((_rotate(query[real], cos, -sin), _rotate(key, cos, -sin), value), 1).flatten(1)
