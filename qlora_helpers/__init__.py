@@ -10,5 +10,5 @@ from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, loa
 from qlora_helpers.prompts import build_prompt, encode_prompts, label_token_ids
 from qlora_helpers.scoring import label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
-from qlora_helpers.widgets import HeadlinePanel
+from qlora_helpers.widgets import HeadlinePanel, LossPanel
 from qlora_helpers.workspace import Workspace, open_workspace, write_text

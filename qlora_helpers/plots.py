@@ -10,21 +10,45 @@ from qlora_helpers.data import LABELS
 COLOURS = dict(zip(LABELS, ["#0072B2", "#E69F00", "#009E73", "#CC79A7"], strict=True))
 
 
-def loss_curves(history: dict) -> Figure:
-    """Training and validation loss, and validation accuracy by epoch; the epoch that was kept is marked."""
+X_AXES = {"epochs": "epoch", "steps": "step", "minutes": "minutes"}
+
+
+def loss_curves(history: dict, x: str = "epochs", smoothing: float = 0.6, log: bool = False,
+                earlier: dict[str, dict] | None = None) -> Figure:
+    """Training and validation loss, and validation accuracy, over `x` (of X_AXES); the epoch that was kept is marked. `smoothing` is the
+    weight of the past in an exponential moving average of the training loss (0: none). `earlier` are other runs' histories, by name."""
     fig, (left, right) = _figure(2, width=4.8, height=3.2)
-    train, validation = pd.DataFrame(history["train"]), pd.DataFrame(history["validation"])
-    left.plot(train.epoch, train.loss, color=COLOURS["World"], label="training loss", alpha=0.8)
-    left.plot(validation.epoch, validation.loss, "o-", color=COLOURS["Sports"], label="validation loss")
-    left.axhline(np.log(len(LABELS)), color="grey", linestyle=":", label=f"guessing: ln {len(LABELS)} = {np.log(len(LABELS)):.2f}")
-    right.plot(validation.epoch, validation.accuracy, "o-", color=COLOURS["Business"], label="validation accuracy")
-    right.plot(validation.epoch, validation.macro_f1, "s--", color=COLOURS["Sci/Tech"], label="validation macro-F1")
-    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
-    right.set(xlabel="epoch", ylabel="score", ylim=(0, 1.02))
-    for ax, place in ((left, "upper right"), (right, "lower right")):
-        ax.axvline(history["best_epoch"], color="black", linewidth=0.8, linestyle="--", label=f"kept: epoch {history['best_epoch']:g}")
-        ax.legend(frameon=False, fontsize=8, loc=place)
+    train, validation = _table(history, "train"), _table(history, "validation")
+    column = X_AXES[x]
+    for (name, other), colour in zip((earlier or {}).items(), ["0.3", "0.5", "0.65", "0.75"] * 9, strict=False):
+        for ax, score, style in ((left, "loss", "o:"), (right, "accuracy", "o:")):
+            table = _table(other, "validation")
+            ax.plot(table[column], table[score], style, color=colour, markersize=3, linewidth=1, label=f"validation, {name}")
+    if len(train):
+        if smoothing:
+            left.plot(train[column], train.loss, color=COLOURS["World"], alpha=0.25)
+        left.plot(train[column], train.loss.ewm(alpha=1 - smoothing).mean(), color=COLOURS["World"],
+                  label="training loss" + f", smoothed by {smoothing:g}" * bool(smoothing))
+    if len(validation):
+        left.plot(validation[column], validation.loss, "o-", color=COLOURS["Sports"], label="validation loss")
+        right.plot(validation[column], validation.accuracy, "o-", color=COLOURS["Business"], label="validation accuracy")
+        right.plot(validation[column], validation.macro_f1, "s--", color=COLOURS["Sci/Tech"], label="validation macro-F1")
+    guess = np.log(len(LABELS))
+    left.axhline(guess, color="grey", linestyle=":", label=f"guessing: ln {len(LABELS)} = {guess:.2f}")
+    left.set(xlabel=x, ylabel="loss", **({"yscale": "log"} if log else {"ylim": (0, None)}))
+    right.set(xlabel=x, ylabel="score", ylim=(0, 1.02))
+    if history["best_epoch"] is not None:
+        kept = validation[validation.epoch == history["best_epoch"]].iloc[0]
+        for ax in (left, right):
+            ax.axvline(kept[column], color="black", linewidth=0.8, linestyle="--", zorder=0, label=f"kept: epoch {kept.epoch:g}")
+    for ax in (left, right)[:1 + bool(len(validation))]:
+        ax.legend(frameon=False, fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)  # above: no line runs through it
     return fig
+
+
+def _table(history: dict, split: str) -> pd.DataFrame:
+    table = pd.DataFrame(history[split])
+    return table.assign(minutes=table.seconds / 60) if len(table) else table
 
 
 def scoreboard_bars(table: pd.DataFrame) -> Figure:

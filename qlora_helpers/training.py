@@ -21,18 +21,33 @@ from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 from qlora_helpers.scoring import label_logits
+from qlora_helpers.widgets import LossPanel
 from qlora_helpers.workspace import Workspace, write_text
 
 NOTEBOOK = "03_qlora_training"
 
-class _SkippedSteps(TrainerCallback):
-    """Counts the steps that the float16 scaler skipped, after an overflow of the scaled gradients."""
+class _Watch(TrainerCallback):
+    """Adds the time to what is logged, counts the steps that the float16 scaler skipped after an overflow, and feeds the loss panel."""
 
-    def __init__(self, accelerator):
-        self.accelerator, self.count = accelerator, 0
+    def __init__(self, trainer: "LabelTrainer"):
+        self.trainer, self.panel, self.skipped_steps = trainer, None, 0
+
+    def on_train_begin(self, *args, **kwargs):
+        self.start = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs):
-        self.count += self.accelerator.optimizer_step_was_skipped
+        self.skipped_steps += self.trainer.accelerator.optimizer_step_was_skipped
+
+    def on_log(self, args, state, control, **kwargs):
+        seconds = time.perf_counter() - self.start
+        state.log_history[-1]["seconds"] = round(seconds, 2)
+        if self.panel and state.global_step:
+            history = self.trainer.history(seconds)
+            left = seconds / state.global_step * (state.max_steps - state.global_step)
+            peak = "" if history["peak_gib"] is None else f", peak {history['peak_gib']:.1f} GiB of GPU memory"
+            rate = state.global_step * self.trainer.config.effective_batch_size / seconds
+            self.panel.live(history, f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s, {left / 60:.1f} minutes left"
+                                     + peak)
 
 
 class LabelTrainer(Trainer):
@@ -49,7 +64,6 @@ class LabelTrainer(Trainer):
             "input_ids": encode_prompts(tokenizer, subset[split].text.tolist(), config.max_length),
             "labels": subset[split].label.tolist(), "row": range(len(subset[split]))}) for split in ("train", "validation")}
         dtype, _ = compute_dtype()
-        steps = -(-len(encoded["train"]) // config.effective_batch_size) * config.num_epochs
         super().__init__(
             model=model, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=self._collate,
             compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist()),
@@ -61,10 +75,10 @@ class LabelTrainer(Trainer):
                 weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
                 use_cpu=model.device.type == "cpu", eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
                 save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
-                logging_steps=max(1, steps // 30), remove_unused_columns=False, report_to="none",
+                logging_steps=1, remove_unused_columns=False, report_to="none",
                 dataloader_pin_memory=model.device.type == "cuda"))
-        self.skipped_steps = _SkippedSteps(self.accelerator)
-        self.add_callback(self.skipped_steps)
+        self.watch = _Watch(self)
+        self.add_callback(self.watch)
         self.model_accepts_loss_kwargs = True  # asks for num_items_in_batch, by which compute_loss divides ...
         self._loss_shifts_labels = False  # ... and which counts one label a row: nothing is shifted here
 
@@ -142,35 +156,39 @@ class LabelTrainer(Trainer):
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
         return loss, logits, inputs["labels"]
 
-    def fit(self, workspace: Workspace) -> dict:
-        """Train, write adapter/ (of the best epoch) and training.json to `workspace`, and return the loss history.
+    def fit(self, workspace: Workspace, panel: LossPanel | None = None) -> dict:
+        """Train, write adapter/ (of the best epoch) and training.json to `workspace`, and return the loss history, shown in `panel`.
         A finished training with this very config and subset is not repeated; one with other settings is kept in earlier/."""
         if workspace.is_current(NOTEBOOK, self.config):
             print("This workspace holds the finished training with these settings: nothing to do.")
-            return json.loads((workspace / "training.json").read_text(encoding="utf-8"))
-        if earlier := workspace.set_aside(NOTEBOOK, ["adapter", "training.json"]):
-            print(f"An earlier training was made with other settings or data. It is kept in {earlier.relative_to(workspace.path)}.")
-        shutil.rmtree(self.args.output_dir, ignore_errors=True)
-        start = time.perf_counter()
-        self.train()
-        history = self.history(time.perf_counter() - start)
-        save_adapter(self.model, self.config, workspace / "adapter")
-        write_text(workspace / "training.json", json.dumps(history, indent=1))
-        workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+            history = json.loads((workspace / "training.json").read_text(encoding="utf-8"))
+        else:
+            if earlier := workspace.set_aside(NOTEBOOK, ["adapter", "training.json"]):
+                print(f"An earlier training was made with other settings or data. It is kept in {earlier.relative_to(workspace.path)}.")
+            shutil.rmtree(self.args.output_dir, ignore_errors=True)
+            start, self.watch.panel = time.perf_counter(), panel
+            self.train()
+            history = self.history(time.perf_counter() - start)
+            save_adapter(self.model, self.config, workspace / "adapter")
+            write_text(workspace / "training.json", json.dumps(history, indent=1))
+            workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+        if panel:
+            panel.load()
         return history
 
     def history(self, seconds: float) -> dict:
-        """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1) so far, `best_epoch`, speed, plan."""
+        """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed, plan."""
         log = self.state.log_history
-        validation = [{"epoch": e["epoch"]} | {name: e[f"eval_{name}"] for name in ("loss", "accuracy", "macro_f1")}
-                      for e in log if "eval_loss" in e]
+        validation = [{name: e[name] for name in ("step", "epoch", "seconds")} | {name: e[f"eval_{name}"] for name in
+                      ("loss", "accuracy", "macro_f1")} for e in log if "eval_loss" in e]
+        on_gpu = self.model.device.type == "cuda"
         return {
-            "train": [{k: e[k] for k in ("step", "epoch", "loss", "learning_rate", "grad_norm")} for e in log if "loss" in e],
+            "train": [{k: e[k] for k in ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")} for e in log if "loss" in e],
             "validation": validation,  # its first entry is before training
-            "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"],
+            "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"] if len(validation) > 1 else None,
             "seconds": round(seconds, 1),
             "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
-            "skipped_steps": self.skipped_steps.count,
-            "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if self.model.device.type == "cuda" else None,
+            "skipped_steps": self.watch.skipped_steps,
+            "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
             "plan": vars(self.plan),
         }

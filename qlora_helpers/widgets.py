@@ -1,6 +1,8 @@
-"""The headline panel of 05: type a headline, read a bar for each label. Core ipywidgets alone."""
+"""The loss panel of 03 and the headline panel of 05. Core ipywidgets alone, which work in 7.7 (Colab) and 8.1."""
 
 import html
+import io
+import json
 import time
 from collections.abc import Callable
 
@@ -8,7 +10,52 @@ import ipywidgets as ipw
 import numpy as np
 
 from qlora_helpers.data import LABELS, clean_text
-from qlora_helpers.plots import COLOURS
+from qlora_helpers.plots import COLOURS, X_AXES, loss_curves
+from qlora_helpers.workspace import Workspace
+
+
+class LossPanel(ipw.VBox):
+    """The losses of `LabelTrainer.fit`, live while it trains, and afterwards with sliders: smoothing, the x axis, a logarithmic scale,
+    and the earlier runs of the workspace to compare with. It draws when it has cost less than a fiftieth of the time so far."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace, self.history, self._earlier, self.cost, self._start = workspace, None, {}, 0.0, time.perf_counter()
+        self.status, self.picture = ipw.HTML(), ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
+        self.smoothing = ipw.FloatSlider(0.6, min=0, max=0.95, step=0.05, description="smoothing")
+        self.x = ipw.ToggleButtons(options=list(X_AXES), description="x axis", style={"button_width": "70px"})
+        self.log_scale = ipw.Checkbox(False, description="logarithmic scale")
+        self.earlier = ipw.SelectMultiple(description="compare", rows=3)
+        super().__init__([self.status, self.picture])
+        for control in (self.smoothing, self.x, self.log_scale, self.earlier):
+            control.observe(lambda change: self.draw(), names="value")
+
+    def load(self) -> "LossPanel":
+        """Show the workspace's finished training, with the controls. Works in a runtime that never trained."""
+        self._earlier = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+                         for path in sorted((self.workspace / "earlier").glob("*/training.json"))}
+        self.earlier.options = tuple(self._earlier)
+        controls = [ipw.HBox([self.smoothing, self.log_scale]), self.x] + [self.earlier] * bool(self._earlier)
+        self.children = [self.status, self.picture, *controls]
+        self.show(json.loads((self.workspace / "training.json").read_text(encoding="utf-8")))
+        return self
+
+    def live(self, history: dict, status: str) -> None:
+        """Show a history that is still growing, unless that would slow it down."""
+        if self.cost < 0.02 * (time.perf_counter() - self._start):
+            self.show(history, status)
+
+    def show(self, history: dict, status: str = "") -> None:
+        start = time.perf_counter()
+        self.history = history
+        self.status.value = html.escape(status or f"{history['seconds'] / 60:.1f} minutes, {history['rows_per_second']:.2f} rows/s")
+        self.draw()
+        self.cost += time.perf_counter() - start
+
+    def draw(self) -> None:
+        buffer = io.BytesIO()
+        others = {name: self._earlier[name] for name in self.earlier.value}
+        loss_curves(self.history, self.x.value, self.smoothing.value, self.log_scale.value, others).savefig(buffer, dpi=90)
+        self.picture.value = buffer.getvalue()
 
 
 class HeadlinePanel(ipw.VBox):

@@ -2,25 +2,47 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pytest
 
 from qlora_helpers import LABELS, plots, scoreboard
 
 HISTORY = {
-    "train": [{"epoch": 0.5, "loss": 1.5}, {"epoch": 1.0, "loss": 0.9}, {"epoch": 2.0, "loss": 0.4}],
-    "validation": [{"epoch": 0, "loss": 2.0, "accuracy": 0.4, "macro_f1": 0.3},
-                   {"epoch": 1.0, "loss": 0.8, "accuracy": 0.7, "macro_f1": 0.7},
-                   {"epoch": 2.0, "loss": 0.9, "accuracy": 0.6, "macro_f1": 0.5}],
+    "train": [{"step": 5, "seconds": 30.0, "epoch": 0.5, "loss": 1.5}, {"step": 10, "seconds": 60.0, "epoch": 1.0, "loss": 0.9},
+              {"step": 20, "seconds": 150.0, "epoch": 2.0, "loss": 0.4}],
+    "validation": [{"step": 0, "seconds": 3.0, "epoch": 0, "loss": 2.0, "accuracy": 0.4, "macro_f1": 0.3},
+                   {"step": 10, "seconds": 66.0, "epoch": 1.0, "loss": 0.8, "accuracy": 0.7, "macro_f1": 0.7},
+                   {"step": 20, "seconds": 156.0, "epoch": 2.0, "loss": 0.9, "accuracy": 0.6, "macro_f1": 0.5}],
     "best_epoch": 1.0,
 }
 
 
+def lines(ax) -> dict[str, list[list[float]]]:
+    return {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+
+
 def test_loss_curves():
-    left, right = plots.loss_curves(HISTORY).axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in left.lines}
-    assert lines["training loss"] == [[0.5, 1.5], [1.0, 0.9], [2.0, 0.4]]
-    assert lines["validation loss"] == [[0, 2.0], [1.0, 0.8], [2.0, 0.9]]
-    assert lines["kept: epoch 1"] == [[1, 0], [1, 1]]
-    assert right.lines[0].get_ydata().tolist() == [0.4, 0.7, 0.6]
+    left, right = plots.loss_curves(HISTORY, smoothing=0).axes
+    assert lines(left)["training loss"] == [[0.5, 1.5], [1.0, 0.9], [2.0, 0.4]]
+    assert lines(left)["validation loss"] == [[0, 2.0], [1.0, 0.8], [2.0, 0.9]]
+    assert lines(left)["kept: epoch 1"] == [[1, 0], [1, 1]]
+    assert lines(right)["validation accuracy"] == [[0, 0.4], [1.0, 0.7], [2.0, 0.6]]
+
+
+def test_loss_curves_over_steps_and_minutes_smoothed_logarithmic_and_beside_another_run():
+    left, _ = plots.loss_curves(HISTORY, x="steps").axes
+    assert lines(left)["training loss, smoothed by 0.6"] == pytest.approx(np.array([
+        [5, 1.5], [10, (0.4 * 0.9 + 0.24 * 1.5) / 0.64], [20, (0.4 * 0.4 + 0.24 * 0.9 + 0.144 * 1.5) / 0.784]]))
+    assert lines(left)["kept: epoch 1"] == [[10, 0], [10, 1]]
+    left, right = plots.loss_curves(HISTORY, x="minutes", log=True, earlier={"before": HISTORY | {"best_epoch": 2.0}}).axes
+    assert left.get_yscale() == "log"
+    assert lines(left)["validation, before"] == lines(left)["validation loss"] == [[0.05, 2.0], [1.1, 0.8], [2.6, 0.9]]
+    assert lines(right)["validation, before"] == lines(right)["validation accuracy"]
+
+
+def test_loss_curves_of_a_training_that_has_just_begun():
+    for validation in ([], HISTORY["validation"][:1]):
+        left, _ = plots.loss_curves({"train": [], "validation": validation, "best_epoch": None}).axes
+        assert ("validation loss" in lines(left)) == bool(validation)
 
 
 def test_scoreboard_bars():

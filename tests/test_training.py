@@ -14,6 +14,7 @@ from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model
 from qlora_helpers.scoring import label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
+from qlora_helpers.widgets import LossPanel
 from qlora_helpers.workspace import Workspace, write_text
 
 SENTENCE = "rain stops play as the port of Dhaka closes and oil climbs while a browser written by volunteers mends its holes"
@@ -57,6 +58,11 @@ def _losses(history: dict, split: str = "train") -> list[float]:
     return [entry["loss"] for entry in history[split]]
 
 
+def _without_times(history: dict) -> dict:
+    return {split: [{name: value for name, value in entry.items() if name != "seconds"} for entry in history[split]]
+            for split in ("train", "validation")}
+
+
 def _adapter(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
 
@@ -89,7 +95,7 @@ def test_rows_of_like_length_share_a_batch(prepared):
 
 def test_the_same_seed_gives_the_same_training_and_another_seed_another(trained):
     (one, history, order), (two, again, order_again) = trained(), trained()
-    assert history == again
+    assert _without_times(history) == _without_times(again)
     assert order == order_again
     first, second = _adapter(one), _adapter(two)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -122,9 +128,9 @@ def test_the_validation_loss_is_that_of_the_scored_labels(trained, base):
 def test_the_history_holds_what_the_notebooks_plot(trained):
     trainer, history, _ = trained()
     assert [entry["step"] for entry in history["train"]] == [1, 2, 3, 4, 5, 6]
-    assert history["train"][0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm"}
+    assert history["train"][0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm", "seconds"}
     assert [entry["epoch"] for entry in history["validation"]] == [0, 1.0, 2.0]
-    assert history["validation"][0].keys() == {"epoch", "loss", "accuracy", "macro_f1"}
+    assert history["validation"][0].keys() == {"step", "epoch", "loss", "accuracy", "macro_f1", "seconds"}
     assert (history["seconds"], history["rows_per_second"]) == (2.0, 19.0)
     assert history["plan"]["micro_batch_size"] == 4
     assert json.loads(json.dumps(history)) == history
@@ -137,7 +143,9 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, base, workspace, 
     run, trainer = Workspace(workspace), prepared(num_epochs=1)
     write_text(run / "subset" / "rows", "as drawn")
     run.publish("02_data_subset", trainer.config, ["subset"])
-    history = trainer.fit(run)
+    panel = LossPanel(run)
+    history = trainer.fit(run, panel)
+    assert panel.history == history and panel.picture.value.startswith(b"\x89PNG")
     assert json.loads((run / "training.json").read_text()) == history
     assert sorted(run.require("03_qlora_training")["files"]) == [
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json"]

@@ -1,11 +1,15 @@
-"""The headline panel, driven through its widgets with the embedded model."""
+"""The panels, driven through their widgets: headlines with the embedded model, losses with histories on disk."""
 
+import io
+import json
 import re
+import time
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
-from qlora_helpers import LABELS, HeadlinePanel, label_probabilities
+from qlora_helpers import LABELS, HeadlinePanel, LossPanel, Workspace, label_probabilities
 
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
 
@@ -63,3 +67,48 @@ def test_a_failure_is_told_in_the_panel():
     panel = HeadlinePanel(fail, EXAMPLES)
     assert panel.answer.value == "<p>This could not be classified: out of &lt;memory&gt;</p>"
     assert panel.probabilities is None
+
+
+def history(losses: list[float]) -> dict:
+    return {"train": [{"step": i + 1, "seconds": 60.0 * i, "epoch": (i + 1) / 2, "loss": loss} for i, loss in enumerate(losses)],
+            "validation": [{"step": 2 * i, "seconds": 120.0 * i, "epoch": float(i), "loss": 2 - i, "accuracy": i / 2, "macro_f1": i / 3}
+                           for i in range(2)],
+            "best_epoch": 1.0, "seconds": 120.0, "rows_per_second": 2.5}
+
+
+@pytest.fixture
+def losses(tmp_path):
+    for name, values in (("training.json", [2.0, 0.5]), ("earlier/03-one/training.json", [2.0, 1.0])):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(history(values)))
+    return LossPanel(Workspace(tmp_path))
+
+
+def test_the_loss_panel_reads_a_finished_training_and_redraws_at_each_control(losses):
+    losses.load()
+    assert losses.status.value == "2.0 minutes, 2.50 rows/s"
+    assert losses.earlier.options == ("03-one",) and losses.earlier in losses.children
+    pictures = [losses.picture.value]
+    for control, value in ((losses.smoothing, 0.0), (losses.x, "minutes"), (losses.x, "steps"), (losses.log_scale, True),
+                           (losses.earlier, ("03-one",))):
+        control.value = value
+        pictures.append(losses.picture.value)
+    assert len(set(pictures)) == 6
+    assert {imread(io.BytesIO(picture)).shape[2] for picture in pictures} == {4}
+
+
+def test_the_loss_panel_takes_less_than_a_fiftieth_of_the_time(losses):
+    drawn = set()
+    start = time.perf_counter()
+    losses._start = start - 60  # a minute of training has gone by
+    while time.perf_counter() - start < 2:
+        losses.live(history([2.0, 0.5 + 0.001 * len(drawn)]), "step 1 of <2>")
+        drawn.add(losses.picture.value)
+        time.sleep(0.01)
+    assert len(drawn) >= 2 and losses.cost < 0.02 * 62 + 1
+    assert losses.status.value == "step 1 of &lt;2&gt;"
+    losses._start = time.perf_counter()
+    before = losses.picture.value
+    losses.live(history([2.0, 0.1]), "too soon")
+    assert losses.picture.value == before
