@@ -145,7 +145,7 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, base, workspace, 
     run.publish("02_data_subset", trainer.config, ["subset"])
     panel = LossPanel(run)
     history = trainer.fit(run, panel)
-    assert panel.history == history and panel.picture.value.startswith(b"\x89PNG")
+    assert panel.history == history and bytes(panel.picture.value).startswith(b"\x89PNG")
     assert json.loads((run / "training.json").read_text()) == history
     assert sorted(run.require("03_qlora_training")["files"]) == [
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json"]
