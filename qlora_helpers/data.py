@@ -20,6 +20,7 @@ SPLITS = ["train", "validation", "test"]
 
 # AG News' crawl replaced the & of an entity by a space (" #39;s" for "'s"), kept tags escaped and wrote line breaks as \.
 _BARE_ENTITY = re.compile(r" ?(?<![&\w])(#\d{2,5}|quot|amp|lt|gt|nbsp|hellip|mdash|ndash|apos);")
+_WORD = re.compile(r"\w+")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 
@@ -40,25 +41,39 @@ def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
     return {split: _read_csv(folder / f"{split}.csv") for split in ("train", "test")}
 
 
+def normalised(text: str) -> str:
+    """`text` by its words alone, without case, punctuation and space: what a copy keeps. A text without words stays as it is."""
+    folded = unicodedata.normalize("NFKC", clean_text(text)).casefold()
+    return " ".join(_WORD.findall(folded)) or folded
+
+
 def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, pd.DataFrame]:
     """The three splits, each with columns `text` and `label`, drawn with `config.seed` and shuffled.
-    Training and validation rows hold each label equally often and come from `rows["train"]`; a smaller training split
-    is a part of a larger one. Test rows keep the frequencies of `rows["test"]`. Raises DataError if a label has too few."""
+    Training and validation rows hold each label equally often and come from `rows["train"]`, without the copies of drawn test rows
+    and of one another, whose number is in `attrs["copies_dropped"]` of the training split; a smaller training split is a part of a
+    larger one. Test rows keep the frequencies of `rows["test"]`. Raises DataError if a label has too few."""
     rng = np.random.default_rng(config.seed)
     order = [rng.permutation(np.flatnonzero(rows["train"].label == label)) for label in range(len(LABELS))]
+    test = _proportional_draw(rows["test"], config, rng)
+    words = rows["train"].raw.map(normalised)
+    copies = words.isin(set(rows["test"].raw.iloc[np.concatenate(test)].map(normalised))) | words.duplicated()
+    order = [indices[~copies.to_numpy()[indices]] for indices in order]
     validation_share, train_share = _equal_shares(config.validation_size), _equal_shares(config.train_size)
     for label, indices in enumerate(order):
         asked = validation_share[label] + train_share[label]
         if len(indices) < asked:
-            raise DataError(f"the training rows of {config.data!r} hold {len(indices)} of {LABELS[label]}, "
-                            f"but train_size={config.train_size} and validation_size={config.validation_size} need {asked}: "
+            raise DataError(f"the training rows of {config.data!r} hold {len(indices)} of {LABELS[label]}"
+                            + (f" ({copies.sum()} copies are not counted)" if copies.any() else "") + ", but "
+                            f"train_size={config.train_size} and validation_size={config.validation_size} need {asked}: "
                             "lower QLORA_TRAIN_SIZE or add rows.")
     drawn = {
         "validation": (rows["train"], [i[:v] for i, v in zip(order, validation_share, strict=True)]),
         "train": (rows["train"], [i[v:v + t] for i, v, t in zip(order, validation_share, train_share, strict=True)]),
-        "test": (rows["test"], _proportional_draw(rows["test"], config, rng)),
+        "test": (rows["test"], test),
     }
-    return {split: _finish(*drawn[split], np.random.default_rng([config.seed, i])) for i, split in enumerate(SPLITS)}
+    subset = {split: _finish(*drawn[split], np.random.default_rng([config.seed, i])) for i, split in enumerate(SPLITS)}
+    subset["train"].attrs["copies_dropped"] = int(copies.sum())
+    return subset
 
 
 def _equal_shares(size: int) -> list[int]:

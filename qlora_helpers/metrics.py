@@ -1,10 +1,12 @@
-"""Accuracy and macro-F1 as an `evaluate` module that needs no hub, and the interval that goes with an accuracy."""
+"""What a scoreboard needs: accuracy and macro-F1 by an `evaluate` module without the hub, intervals, a test, calibration."""
 
 import datasets
 import evaluate
+import numpy as np
 import pandas as pd
+from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from qlora_helpers.data import LABELS
 
@@ -33,13 +35,62 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def scoreboard(references: list[int], systems: dict[str, list[int]]) -> pd.DataFrame:
-    """One row for each system's predictions: `accuracy`, its 95% interval (`low`, `high`), `macro_f1`, and `correct` of `rows`."""
-    table = {}
+def macro_f1_interval(predictions, references, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+    """The 95% interval of a macro-F1 by the percentile bootstrap (Efron, 1979): rows are drawn again with replacement, which is a
+    multinomial draw of the confusion matrix."""
+    n = len(LABELS)
+    counts = confusion_matrix(references, predictions, labels=range(n)).ravel()
+    drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples).reshape(-1, n, n)
+    right, pairs = np.diagonal(drawn, axis1=1, axis2=2), drawn.sum(axis=1) + drawn.sum(axis=2)
+    f1 = np.divide(2 * right, pairs, out=np.zeros(right.shape), where=pairs > 0)
+    low, high = np.percentile(f1.mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def mcnemar(predictions, others, references) -> float:
+    """The exact two-sided p-value of two systems' being equally often right where they differ (McNemar, 1947); 1 if they never do."""
+    right, other_right = np.asarray(predictions) == np.asarray(references), np.asarray(others) == np.asarray(references)
+    wins, losses = int((right & ~other_right).sum()), int((~right & other_right).sum())
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def reliability(probabilities: np.ndarray, references, bins: int = 15) -> tuple[pd.DataFrame, float]:
+    """How far confidence can be trusted: `confidence` and `accuracy` (means) and `rows` of each bin of equal width that holds rows, and the
+    expected calibration error, their mean absolute gap weighted by rows (arXiv:1706.04599)."""
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == np.asarray(references)
+    place = np.clip(np.ceil(confidence * bins).astype(int), 1, bins)  # as in the paper, a bin holds its upper edge
+    table = pd.DataFrame({"confidence": confidence, "accuracy": right}).groupby(place).agg(
+        confidence=("confidence", "mean"), accuracy=("accuracy", "mean"), rows=("accuracy", "size"))
+    return table, float((table.rows * (table.confidence - table.accuracy).abs()).sum() / len(confidence))
+
+
+def fit_temperature(probabilities: np.ndarray, references) -> float:
+    """The temperature whose softened or sharpened probabilities have the least log loss (arXiv:1706.04599), between 0.25 and 10: few
+    rows without an error would else ask for certainty."""
+    rows = np.arange(len(probabilities))
+
+    def log_loss(log_temperature):
+        return -np.log(with_temperature(probabilities, np.exp(log_temperature))[rows, references]).mean()
+    return float(np.exp(minimize_scalar(log_loss, bounds=np.log([0.25, 10]), method="bounded", options={"xatol": 1e-6}).x))
+
+
+def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """(rows, labels) probabilities whose logits are divided by `temperature`: no row's order of labels changes."""
+    logits = np.log(np.maximum(probabilities, 1e-300)) / temperature
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.maximum(powers / powers.sum(axis=1, keepdims=True), 1e-300)
+
+
+def scoreboard(references: list[int], systems: dict[str, list[int]], rows_per_second: dict[str, float] | None = None) -> pd.DataFrame:
+    """One row for each system's predictions: `accuracy` and `macro_f1`, each with its 95% interval, `p_value` of McNemar's test against
+    the last system, `rows_per_second` where it is known, and `correct` of `rows`."""
+    table, last = {}, list(systems)[-1]
     for name, predictions in systems.items():
         correct = int(sum(p == r for p, r in zip(predictions, references, strict=True)))
-        low, high = wilson_interval(correct, len(references))
         both = scores(predictions, references)
-        table[name] = {"accuracy": both["accuracy"], "low": low, "high": high, "macro_f1": both["macro_f1"],
-                       "correct": correct, "rows": len(references)}
+        (low, high), (f1_low, f1_high) = wilson_interval(correct, len(references)), macro_f1_interval(predictions, references)
+        table[name] = {
+            "accuracy": both["accuracy"], "low": low, "high": high, "macro_f1": both["macro_f1"], "f1_low": f1_low, "f1_high": f1_high,
+            "p_value": np.nan if name == last else mcnemar(systems[last], predictions, references),
+            "rows_per_second": (rows_per_second or {}).get(name, np.nan), "correct": correct, "rows": len(references)}
     return pd.DataFrame.from_dict(table, orient="index")

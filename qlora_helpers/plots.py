@@ -63,6 +63,32 @@ def scoreboard_bars(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def reliability_diagram(tables: dict[str, pd.DataFrame]) -> Figure:
+    """Accuracy against confidence, of each of `metrics.reliability`'s tables; a point's area is its share of the rows."""
+    fig, (ax,) = _figure(1, width=4.6, height=3.8)
+    ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="confidence = accuracy")
+    for (name, table), colour in zip(tables.items(), COLOURS.values(), strict=False):
+        ax.plot(table.confidence, table.accuracy, color=colour, alpha=0.6)
+        ax.scatter(table.confidence, table.accuracy, s=20 + 300 * table.rows / table.rows.sum(), color=colour, alpha=0.6, label=name)
+    ax.set(xlabel="confidence: the probability of the label that was chosen", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.05))
+    legend = ax.legend(frameon=False, fontsize=8, loc="upper left")
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([40])
+    return fig
+
+
+def learning_curve(table: pd.DataFrame) -> Figure:
+    """Accuracy against training rows, a line for each column of `curve.learning_curve`'s table."""
+    fig, (ax,) = _figure(1, width=6, height=3.4)
+    for name, colour in zip(table.columns, COLOURS.values(), strict=False):
+        ax.plot(table.index, table[name], "o-", color=colour, label=name)
+    ax.set(xlabel="training rows", ylabel="accuracy on the test rows", xscale="log", xticks=table.index, ylim=(None, 1))
+    ax.set_xticks(table.index, map(str, table.index), minor=False)
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    return fig
+
+
 def probability_bars(text: str, probabilities: np.ndarray) -> Figure:
     """The probability of each label for one text: the static twin of the panel's bars."""
     fig, (ax,) = _figure(1, width=6, height=2)

@@ -15,10 +15,16 @@ def build_prompt(text: str) -> str:
     return TEMPLATE.format(text=text)
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int) -> list[list[int]]:
-    """Token ids of each text's prompt. One longer than `max_length` tokens loses what stands before its last 8."""
+def few_shot_prefix(texts: list[str], labels: list[int]) -> str:
+    """Solved examples to put before a prompt (arXiv:2005.14165): each text's prompt with its label word."""
+    return "".join(f"{build_prompt(text)}{LABEL_WORDS[label]}\n\n" for text, label in zip(texts, labels, strict=True))
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, after_prefix: bool = False) -> list[list[int]]:
+    """Token ids of each text's prompt. One longer than `max_length` tokens loses what stands before its last 8.
+    `after_prefix` leaves out the token that begins a text."""
     prompts = [build_prompt(text) for text in texts]
-    encoded = tokenizer(prompts).input_ids if prompts else []
+    encoded = tokenizer(prompts, add_special_tokens=not after_prefix).input_ids if prompts else []
     return [ids if len(ids) <= max_length else ids[:max_length - _TAIL] + ids[-_TAIL:] for ids in encoded]
 
 

@@ -1,14 +1,16 @@
 """Label probabilities in one forward pass: the one core that training, evaluation and the widget call."""
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from qlora_helpers.packing import pack
+from qlora_helpers.packing import pack, use_packed_attention
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # enough to fill the kernels, small enough for a T4
@@ -27,23 +29,51 @@ def label_logits(model: PreTrainedModel | PeftModel, encoded: Sequence[Sequence[
 
 
 @torch.no_grad()
-def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str],
-                        max_length: int, progress: str | None = None) -> np.ndarray:
+def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int,
+                        progress: str | None = None, prefix: str = "", temperature: float = 1.0) -> np.ndarray:
     """(texts, labels) float64 probabilities, each row summing to 1, in the order of `texts`.
-    Rows are scored in order of length, so that a batch pads little. `progress` names a progress bar."""
+    Rows are scored in order of length. `progress` names a progress bar. `prefix` (see `few_shot_prefix`) stands before every prompt and
+    is read once; `max_length` does not count it."""
     label_ids = label_token_ids(tokenizer)
-    encoded = encode_prompts(tokenizer, list(texts), max_length)
+    encoded = encode_prompts(tokenizer, list(texts), max_length, after_prefix=bool(prefix))
     logits = torch.empty(len(encoded), len(label_ids))
     was_training = model.training
     model.eval()
     try:
+        read = _read_prefix(model, tokenizer(prefix).input_ids) if prefix else None
+        tokens = TOKENS_PER_BATCH[model.device.type] // (4 if prefix else 1)  # each row of a batch holds a copy of what was read
         with tqdm(total=len(encoded), desc=progress, unit="row", disable=progress is None) as bar:
-            for batch in length_batches(encoded, TOKENS_PER_BATCH[model.device.type]):
-                logits[batch] = label_logits(model, [encoded[i] for i in batch], label_ids).cpu()
+            for batch in length_batches(encoded, tokens):
+                rows = [encoded[i] for i in batch]
+                found = _label_logits_after(model, read, rows, label_ids) if prefix else label_logits(model, rows, label_ids)
+                logits[batch] = found.cpu()
                 bar.update(len(batch))
     finally:
         model.train(was_training)
-    return torch.softmax(logits.double(), dim=-1).numpy()
+    return torch.softmax(logits.double() / temperature, dim=-1).numpy()
+
+
+def _read_prefix(model, ids: list[int]) -> Cache:
+    """The keys and values of a text, for the rows that come after it."""
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    return causal_lm.base_model(torch.tensor([ids], device=causal_lm.device), use_cache=True).past_key_values
+
+
+def _label_logits_after(model, read: Cache, encoded: list[list[int]], label_ids: list[int]) -> torch.Tensor:
+    """`label_logits` of rows that follow what was read, by the library's own attention over right-padded rows."""
+    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    lengths = torch.tensor([len(row) for row in encoded], device=causal_lm.device)
+    ids = pad_sequence([torch.tensor(row) for row in encoded], batch_first=True).to(causal_lm.device)
+    mask = torch.arange(read.get_seq_length() + ids.shape[1], device=ids.device) < read.get_seq_length() + lengths[:, None]
+    copies = copy.deepcopy(read)
+    copies.batch_repeat_interleave(len(encoded))
+    causal_lm.set_attn_implementation("sdpa")
+    try:
+        hidden = causal_lm.base_model(ids, attention_mask=mask.long(), past_key_values=copies, use_cache=True).last_hidden_state
+    finally:
+        use_packed_attention(causal_lm)
+    head = causal_lm.get_output_embeddings().weight[label_ids]
+    return (hidden[torch.arange(len(encoded)), lengths - 1].to(head.dtype) @ head.T).float()
 
 
 def length_batches(encoded: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 import qlora_helpers
-from qlora_helpers.data import LABELS, SPLITS, clean_text, draw_subset, load_rows
+from qlora_helpers.data import LABELS, SPLITS, clean_text, draw_subset, load_rows, normalised
 from qlora_helpers.errors import DataError
 
 # read when the tests are collected: each of them runs without QLORA_ variables
@@ -208,10 +208,43 @@ def test_the_first_rows_of_the_sample_for_the_default_seed(config):
             ("Vanuatu Sisters Reach Beach Worlds Lini ", "Sports")]}
 
 
+def test_normalised_is_what_a_copy_keeps():
+    assert normalised("Oil  Climbs 3%, again!") == normalised("OIL CLIMBS: 3 % - AGAIN") == "oil climbs 3 again"
+    assert normalised("Fujita #39;s caf\u00e9") == normalised("FUJITA'S CAFE\u0301") != normalised("Fujita's cafe")
+    assert normalised("?!") == "?!" != normalised("...")
+
+
+def test_planted_leaks_are_found_and_dropped_all_of_them(config):
+    """Test rows copied into the training rows with other case and punctuation, under any label."""
+    rows = load_rows(config)
+    clean = draw_subset(rows, config)
+    assert clean["train"].attrs["copies_dropped"] == 0
+    planted = clean["test"].head(60)
+    leaks = pd.DataFrame({"raw": [text.upper().replace(".", " ...").replace(",", " -") + "!" for text in planted.text],
+                          "label": [i % 4 for i in range(60)]})
+    assert not set(leaks.raw) & set(planted.text)
+    leaky = draw_subset(rows | {"train": pd.concat([leaks, rows["train"]], ignore_index=True)}, config)
+    assert leaky["train"].attrs["copies_dropped"] == 60
+    tested = set(leaky["test"].text.map(normalised))
+    for split in ("train", "validation"):
+        assert not tested & set(leaky[split].text.map(normalised))
+        assert len(leaky[split]) == len(clean[split])
+
+
+def test_training_rows_that_repeat_one_another_are_drawn_once(config):
+    rows = load_rows(config)
+    twice = pd.concat([rows["train"], rows["train"].assign(raw=rows["train"].raw.str.upper())], ignore_index=True)
+    subset = draw_subset(rows | {"train": twice}, config)
+    assert subset["train"].attrs["copies_dropped"] == 320
+    words = pd.concat([subset["train"], subset["validation"]]).text.map(normalised)
+    assert len(words) == 320 and words.is_unique
+
+
 def test_texts_are_drawn_clean(config):
-    rows = pd.DataFrame({"raw": ["Firm #39;s  quot;best quot;\\year"] * 8, "label": [0, 1, 2, 3] * 2})
-    drawn = draw_subset({"train": rows, "test": rows}, dataclasses.replace(config, train_size=4, validation_size=4, test_size=4))
-    assert {text for split in drawn.values() for text in split.text} == {'Firm\'s "best" year'}
+    rows = pd.DataFrame({"raw": [f"Firm #39;s  quot;best quot;\\year {i}" for i in range(12)], "label": [0, 1, 2, 3] * 3})
+    drawn = draw_subset({"train": rows[:8], "test": rows[8:].reset_index(drop=True)},
+                        dataclasses.replace(config, train_size=4, validation_size=4, test_size=4))
+    assert {text for split in drawn.values() for text in split.text} == {f'Firm\'s "best" year {i}' for i in range(12)}
 
 
 @pytest.mark.parametrize(("rows", "sizes", "message"), [

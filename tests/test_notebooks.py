@@ -16,12 +16,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qlora_helpers import LABELS
+from qlora_helpers import LABELS, reliability, with_temperature
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = ["01_setup", "02_data_subset", "03_qlora_training", "04_evaluation", "05_inference"]
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+SYSTEMS = ["majority class", "TF-IDF + logistic regression", "base model, zero-shot", "base model, 4 examples", "tuned model"]
 each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 
 
@@ -39,11 +40,11 @@ def run_all(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_tuned_model_beats_the_base_model(notebook_workspace):
     board = json.loads((notebook_workspace / "metrics.json").read_text())["scoreboard"]
-    assert list(board) == ["majority class", "TF-IDF + logistic regression", "base model", "tuned model"]
+    assert list(board) == SYSTEMS
     assert {entry["rows"] for entry in board.values()} == {80}
     assert board["majority class"]["accuracy"] == 0.25
     assert board["tuned model"]["accuracy"] >= 0.85
-    assert board["tuned model"]["accuracy"] - board["base model"]["accuracy"] >= 0.15
+    assert board["tuned model"]["accuracy"] - board["base model, zero-shot"]["accuracy"] >= 0.15
     assert board["tuned model"]["macro_f1"] >= 0.85
 
 
@@ -53,11 +54,22 @@ def test_predictions_are_complete_and_match_the_scoreboard(notebook_workspace):
     assert rows.text_sha256.tolist() == [hashlib.sha256(text.encode()).hexdigest() for text in test.text]
     assert rows.label.tolist() == test.label.tolist()
     board = json.loads((notebook_workspace / "metrics.json").read_text())["scoreboard"]
-    for system in ["TF-IDF + logistic regression", "base model", "tuned model"]:
+    for system in SYSTEMS:
         probabilities = rows[[f"{system}: P({label})" for label in LABELS]].to_numpy()
         np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-9)
         assert (probabilities.argmax(axis=1) == rows[f"{system}: prediction"]).all()
         assert (rows[f"{system}: prediction"] == rows.label).mean() == board[system]["accuracy"]
+
+
+def test_calibration_goes_with_the_adapter(notebook_workspace):
+    calibration = json.loads((notebook_workspace / "adapter" / "calibration.json").read_text())
+    assert calibration == json.loads((notebook_workspace / "metrics.json").read_text())["calibration"]
+    rows = pd.read_parquet(notebook_workspace / "predictions.parquet")
+    probabilities = rows[[f"tuned model: P({label})" for label in LABELS]].to_numpy()
+    assert reliability(probabilities, rows.label)[1] == pytest.approx(calibration["ece_before"])
+    softened = with_temperature(probabilities, calibration["temperature"])
+    assert reliability(softened, rows.label)[1] == pytest.approx(calibration["ece_after"])
+    assert "temperature" in (notebook_workspace / "adapter" / "README.md").read_text()
 
 
 def test_history_shows_learning(notebook_workspace):

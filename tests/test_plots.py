@@ -2,9 +2,10 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
-from qlora_helpers import LABELS, plots, scoreboard
+from qlora_helpers import LABELS, plots, reliability, scoreboard
 
 HISTORY = {
     "train": [{"step": 5, "seconds": 30.0, "epoch": 0.5, "loss": 1.5}, {"step": 10, "seconds": 60.0, "epoch": 1.0, "loss": 0.9},
@@ -62,3 +63,12 @@ def test_probability_bars():
 def test_figures_are_closed_so_that_jupyter_shows_them_once():
     plots.loss_curves(HISTORY)
     assert plt.get_fignums() == []
+
+
+def test_reliability_diagram_and_learning_curve():
+    table, _ = reliability(np.array([[0.7, 0.3, 0, 0], [0.95, 0.05, 0, 0]]), [0, 1])
+    (ax,) = plots.reliability_diagram({"as trained": table}).axes
+    assert ax.collections[0].get_offsets().tolist() == [[0.7, 1.0], [0.95, 0.0]]
+    (ax,) = plots.learning_curve(pd.DataFrame({"tuned": [0.6, 0.8], "TF-IDF": [0.5, 0.7]}, index=[50, 100])).axes
+    assert lines(ax) == {"tuned": [[50, 0.6], [100, 0.8]], "TF-IDF": [[50, 0.5], [100, 0.7]]}
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["50", "100"]

@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 from qlora_helpers import scoring
 from qlora_helpers.data import load_rows
+from qlora_helpers.metrics import with_temperature
 from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_base_model
 from qlora_helpers.packing import use_packed_attention
-from qlora_helpers.prompts import encode_prompts, label_token_ids
+from qlora_helpers.prompts import encode_prompts, few_shot_prefix, label_token_ids
 from qlora_helpers.scoring import label_logits, label_probabilities, length_batches
 
 TEXTS = [
@@ -77,6 +78,38 @@ def test_an_over_long_text_is_scored_at_its_prompts_end(exact):
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1, label_token_ids(tokenizer)].double().cpu()
     found = label_probabilities(model, tokenizer, [" ".join(TEXTS) * 40], 48)
     np.testing.assert_allclose(found[0], logits.softmax(-1).numpy(), atol=1e-5)
+
+
+def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(exact, small_batches):
+    model, tokenizer = exact
+    prefix = few_shot_prefix(["Keeper saves twice", "Oil climbs as ports close"], [1, 2])
+    assert prefix == "Keeper saves twice\nTopic: Sports\n\nOil climbs as ports close\nTopic: Business\n\n"
+    found = label_probabilities(model, tokenizer, TEXTS, 256, prefix=prefix)
+    ids = label_token_ids(tokenizer)
+    for row, prompt in zip(found, _encode(tokenizer, TEXTS), strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokenizer(prefix).input_ids + prompt])).logits[0, -1, ids].double()
+        np.testing.assert_allclose(row, logits.softmax(-1).numpy(), atol=1e-5)
+    plain = label_probabilities(model, tokenizer, TEXTS, 256)
+    assert abs(found - plain).max() > 0.05
+    np.testing.assert_array_equal(label_probabilities(model, tokenizer, TEXTS, 256), plain)  # nothing of the examples is left
+
+
+def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(tiny, base, config):
+    run = dataclasses.replace(config, base_model=tiny)
+    expected = label_probabilities(load_base_model(run), base[1], TEXTS, 256)
+    model = attach_lora(load_base_model(run), LoraConfig(target_modules="all-linear", lora_dropout=0.5), seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    assert abs(label_probabilities(model, base[1], TEXTS, 256) - expected).max() > 0.1
+    with model.disable_adapter():
+        np.testing.assert_allclose(label_probabilities(model, base[1], TEXTS, 256), expected, atol=1e-6, rtol=0)
+
+
+def test_a_temperature_divides_the_logits(base):
+    once = label_probabilities(*base, TEXTS, 256)
+    np.testing.assert_allclose(label_probabilities(*base, TEXTS, 256, temperature=2.5), with_temperature(once, 2.5), atol=1e-12)
 
 
 def test_no_text_gives_no_row(base):

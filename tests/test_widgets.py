@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from qlora_helpers import LABELS, HeadlinePanel, LossPanel, Workspace, label_probabilities
+from qlora_helpers import LABELS, ErrorExplorer, HeadlinePanel, LossPanel, Workspace, label_probabilities, review_table
 
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
 
@@ -67,6 +67,23 @@ def test_a_failure_is_told_in_the_panel():
     panel = HeadlinePanel(fail, EXAMPLES)
     assert panel.answer.value == "<p>This could not be classified: out of &lt;memory&gt;</p>"
     assert panel.probabilities is None
+
+
+def test_the_error_explorer_shows_a_cell_of_the_confusion_matrix():
+    texts = ["one", "two <b>", "three", "four", "five", "six"]
+    probabilities = np.array([[.9, .1, 0, 0], [.2, .7, .1, 0], [0, .8, .2, 0], [.3, .6, .1, 0], [0, 0, 1, 0], [.6, 0, .4, 0]])
+    table = review_table(texts, [0, 0, 0, 1, 2, 2], probabilities)
+    assert table.text.tolist() == ["five", "one", "three", "two <b>", "four", "six"]
+    explorer = ErrorExplorer(table, rows=2)
+    assert (explorer.true.value, explorer.predicted.value) == ("World", "Sports")  # where most errors are
+    assert explorer.shown.text.tolist() == ["three", "two <b>"]
+    assert "2 of 6 rows" in explorer.answer.value and "70.0%" in explorer.answer.value and "two &lt;b&gt;" in explorer.answer.value
+    explorer.true.value = "Business"
+    assert explorer.shown.empty and "0 of 6 rows" in explorer.answer.value
+    explorer.predicted.value = "World"
+    assert explorer.shown.text.tolist() == ["six"]
+    without_errors = ErrorExplorer(review_table(["one"], [0], probabilities[:1]))
+    assert without_errors.shown.text.tolist() == ["one"]
 
 
 def history(losses: list[float]) -> dict:

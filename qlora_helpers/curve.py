@@ -1,0 +1,44 @@
+"""The learning curve: what more training rows would bring."""
+
+import dataclasses
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+from peft import LoraConfig
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+
+from qlora_helpers.batching import free_memory, plan_batches
+from qlora_helpers.config import RunConfig
+from qlora_helpers.data import draw_subset
+from qlora_helpers.modeling import attach_lora, load_base_model, load_tokenizer
+from qlora_helpers.scoring import label_probabilities
+from qlora_helpers.training import LabelTrainer
+
+
+def tfidf_classifier() -> Pipeline:
+    """Logistic regression on the weighted counts of words and word pairs: what a reader could use instead, in a second."""
+    return make_pipeline(TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)), LogisticRegression(C=10, max_iter=1000))
+
+
+def learning_curve(config: RunConfig, rows: dict[str, pd.DataFrame], sizes: list[int]) -> pd.DataFrame:
+    """Accuracy on the same test rows of the tuned model and of `tfidf_classifier`, both trained on `sizes` rows of which each holds the
+    smaller ones; the index is `rows`. Every size is a training of its own from the base model. Raises DataError if a size asks too much."""
+    subsets = {size: draw_subset(rows, dataclasses.replace(config, train_size=size)) for size in sizes}
+    tokenizer, found = load_tokenizer(config), {}
+    for size, subset in subsets.items():
+        train, test = subset["train"], subset["test"]
+        lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear",
+                          task_type="CAUSAL_LM")
+        model = attach_lora(load_base_model(config), lora, config.seed)
+        plan = plan_batches(model, tokenizer, train.text.tolist(), config)
+        with tempfile.TemporaryDirectory() as folder:
+            LabelTrainer(model, tokenizer, subset, dataclasses.replace(config, train_size=size), plan, Path(folder)).train()
+        tuned = label_probabilities(model, tokenizer, test.text, config.max_length, progress=f"{size} rows").argmax(axis=1)
+        tfidf = tfidf_classifier().fit(train.text, train.label).predict(test.text)
+        found[size] = {"tuned model": (tuned == test.label).mean(), "TF-IDF + logistic regression": (tfidf == test.label).mean()}
+        del model
+        free_memory()
+    return pd.DataFrame.from_dict(found, orient="index").rename_axis("rows")
