@@ -1,7 +1,6 @@
 """Decoder layers with LoRA in fewer and leaner passes: PEFT's values and gradients, sooner and in less memory."""
 
-from functools import cache, partial, wraps
-from importlib.util import find_spec
+from functools import partial
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
@@ -12,6 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
+from qlora_helpers import passes
 from qlora_helpers.packing import take
 
 _FAMILIES = ("Llama", "Mistral")  # whose attention and MLP compute what is computed here
@@ -139,7 +139,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, scale, rate, seed, x, *parameters):
         a, b = group.adapted(parameters, scale, x.dtype)
-        inner = _drop(x, rate, seed) @ a.T
+        inner = passes.drop(x, rate, seed) @ a.T
         ctx.save_for_backward(x, inner, a, b)
         ctx.choices = group, scale, rate, seed
         return (inner @ b.T).addmm_(x, group.frozen(x.dtype).T)
@@ -150,7 +150,7 @@ class _Linear(torch.autograd.Function):
         (group, scale, rate, seed), (x, inner, a, b) = ctx.choices, ctx.saved_tensors
         grads_b = (grad.T @ inner).split(group.sizes)
         inner = grad @ b
-        grad_x, kept = _drop_backward(grad @ group.frozen(x.dtype), inner @ a, x, rate, seed)
+        grad_x, kept = passes.drop_backward(grad @ group.frozen(x.dtype), inner @ a, x, rate, seed)
         return None, None, None, None, grad_x, *group.gradients(inner.T @ kept, grads_b, scale)
 
 
@@ -160,11 +160,11 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pair, down, scale, rate, seed, down_scale, down_rate, down_seed, x, *parameters):
         (a, b), (down_a, down_b) = pair.adapted(parameters[:4], scale, x.dtype), down.adapted(parameters[4:], down_scale, x.dtype)
-        inner = _drop(x, rate, seed) @ a.T
+        inner = passes.drop(x, rate, seed) @ a.T
         # one product each: the halves of a common one would not be contiguous, and every pass over them slower
         gate, up = ((inner @ rows.T).addmm_(x, weight.T)
                     for rows, weight in zip(b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes), strict=True))
-        hidden, kept = _swiglu(gate, up, down_rate, down_seed)
+        hidden, kept = passes.swiglu(gate, up, down_rate, down_seed)
         down_inner = kept @ down_a.T
         ctx.save_for_backward(x, gate, up, inner, a, b, down_inner, down_a, down_b)
         ctx.choices = pair, down, scale, rate, seed, down_scale, down_rate, down_seed
@@ -177,13 +177,13 @@ class _SwiGlu(torch.autograd.Function):
         x, gate, up, inner, a, b, down_inner, down_a, down_b = ctx.saved_tensors
         grads_down_b = [grad.T @ down_inner]
         down_inner = grad @ down_b
-        grad_gate, grad_up, kept = _swiglu_backward(grad @ down.frozen(x.dtype), down_inner @ down_a, gate, up, down_rate, down_seed)
+        grad_gate, grad_up, kept = passes.swiglu_backward(grad @ down.frozen(x.dtype), down_inner @ down_a, gate, up, down_rate, down_seed)
         of_down = down.gradients(down_inner.T @ kept, grads_down_b, down_scale)
         del kept
         grads_b = [grad_gate.T @ inner, grad_up.T @ inner]
         (gate_b, up_b), (gate_weight, up_weight) = b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes)
         inner = (grad_gate @ gate_b).addmm_(grad_up, up_b)
-        grad_x, kept = _drop_backward((grad_gate @ gate_weight).addmm_(grad_up, up_weight), inner @ a, x, rate, seed)
+        grad_x, kept = passes.drop_backward((grad_gate @ gate_weight).addmm_(grad_up, up_weight), inner @ a, x, rate, seed)
         return *[None] * 8, grad_x, *pair.gradients(inner.T @ kept, grads_b, scale), *of_down
 
 
@@ -196,101 +196,12 @@ class _Heads(torch.autograd.Function):
     def forward(ctx, qkv, cos, sin, real, place, shape, block):
         ctx.save_for_backward(cos, sin, real)
         ctx.size, ctx.groups = block.head_dim, block.num_key_value_groups
-        heads = _heads(qkv, cos[0], sin[0], place, ctx.size, ctx.groups)
-        return tuple(head.view(*shape, -1, ctx.size).transpose(1, 2) for head in heads)
+        made = passes.heads(qkv, cos[0], sin[0], place, ctx.size, ctx.groups)
+        return tuple(head.view(*shape, -1, ctx.size).transpose(1, 2) for head in made)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         cos, sin, real = ctx.saved_tensors
         grads = [grad.transpose(1, 2).flatten(0, 1) for grad in grads]
-        return _heads_backward(*grads, cos[0], sin[0], real, ctx.groups), None, None, None, None, None, None
-
-
-def _one_pass(dynamic):
-    """On a GPU, a function compiled to one kernel, at once for all shapes and seeds (True) or for those that are seen to change (None);
-    elsewhere as it stands."""
-    def decorate(function):
-        compiled = cache(lambda: torch.compile(function, dynamic=dynamic) if find_spec("triton") else function)
-
-        @wraps(function)
-        def call(x, *args):
-            return (compiled() if x.is_cuda else function)(x, *args)
-        return call
-    return decorate
-
-
-def _mask(x, rate, seed) -> torch.Tensor:
-    """1 where an element of `x` (tokens, width) is kept, 0 where it is dropped, in its dtype: a function of the seed alone."""
-    if not x.is_cuda:
-        # a draw of 64 bits serves four elements, which rounds the rate to 1/65536: one draw each took a fifth of a training step
-        generator = torch.Generator().manual_seed(seed)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)
-        return torch.ge(bits[:x.numel()].view(x.shape), round(rate * 65536) - 32768, out=torch.empty_like(x))
-    rows, columns = (torch.arange(n, dtype=torch.int32, device=x.device) for n in x.shape)
-    return (_mix(_mix(rows[:, None] * x.shape[1] + columns) + seed) & 0x7fffffff >= round(rate * 2**31)).to(x.dtype)
-
-
-def _mix(x) -> torch.Tensor:
-    """An int32 hash, arithmetic alone, so that it costs no memory traffic: a multiply-xorshift finaliser."""
-    x = (x ^ (x >> 16 & 0xffff)) * 0x7feb352d
-    x = (x ^ (x >> 15 & 0x1ffff)) * -0x7b935975
-    return x ^ (x >> 16 & 0xffff)
-
-
-@_one_pass(dynamic=True)
-def _dropped(x, rate, seed):
-    return x * _mask(x, rate, seed)
-
-
-def _drop(x, rate, seed):
-    return _dropped(x, rate, seed) if rate else x
-
-
-@_one_pass(dynamic=True)
-def _drop_gradients(grad, low, x, rate, seed):
-    mask = _mask(x, rate, seed)
-    return torch.addcmul(grad, low, mask), x * mask
-
-
-def _drop_backward(grad, low, x, rate, seed):
-    """The gradient of x from that of the frozen product and that of the dropped x, and the dropped x."""
-    return _drop_gradients(grad, low, x, rate, seed) if rate else (grad.add_(low), x)
-
-
-@_one_pass(dynamic=True)
-def _swiglu(gate, up, rate, seed):
-    hidden = nn.functional.silu(gate) * up
-    return hidden, hidden * _mask(gate, rate, seed) if rate else hidden
-
-
-@_one_pass(dynamic=True)
-def _swiglu_backward(grad, low, gate, up, rate, seed):
-    mask = _mask(gate, rate, seed) if rate else None
-    grad = grad + low if mask is None else torch.addcmul(grad, low, mask)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    hidden = silu * up
-    return grad * up * (sigmoid + silu * (1 - sigmoid)), grad * silu, hidden if mask is None else hidden * mask
-
-
-def _rotate(x, cos, sin):
-    """x, its two halves as the coordinates of points turned by the angles of `cos` and `sin`; -sin turns them back."""
-    half = x.shape[-1] // 2
-    sign = torch.where(torch.arange(x.shape[-1], device=x.device) < half, -1, 1).to(x.dtype)
-    return x * cos[:, None] + x.roll(half, -1) * (sin * sign)[:, None]
-
-
-@_one_pass(dynamic=None)
-def _heads(qkv, cos, sin, place, size, groups):
-    qkv, cos, sin = qkv.view(len(qkv), -1, size)[place], cos[place], sin[place]
-    n = qkv.shape[1] // (groups + 2)
-    query, key, value = qkv.split([groups * n, n, n], 1)
-    return (_rotate(query, cos, sin), _rotate(key, cos, sin).repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
-
-
-@_one_pass(dynamic=None)
-def _heads_backward(query, key, value, cos, sin, real, groups):
-    # a sum of slices: as a reduction it becomes a kernel of its own, ten times slower
-    key, value = (sum(x[real].unflatten(1, (-1, groups)).unbind(2)) for x in (key, value))
-    return torch.cat((_rotate(query[real], cos, -sin), _rotate(key, cos, -sin), value), 1).flatten(1)
+        return passes.heads_backward(*grads, cos[0], sin[0], real, ctx.groups), None, None, None, None, None, None

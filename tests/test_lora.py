@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
 
-from qlora_helpers.lora import _Group, _linear, _mask, fuse_lora
+from qlora_helpers.lora import _Group, _linear, fuse_lora
 from qlora_helpers.packing import pack, use_packed_attention
+from qlora_helpers.passes import keep_mask
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = [[5, 3, 9, 40, 7, 11], [8, 2], [33, 21, 6, 6], [50]]
@@ -111,7 +112,7 @@ def reference_with_masks(model, dropout):
         if group[0] in ("q_proj", "o_proj") and drawn.get("group") is not group:
             drawn.update(group=group, seed=int(torch.randint(2**31 - 1, ())), seeds=None)
         seed = drawn["seeds"][group[0]] if drawn["seeds"] else drawn["seed"]
-        return x * _mask(x[0], dropout, seed) / (1 - dropout)
+        return x * keep_mask(x[0], dropout, seed) / (1 - dropout)
 
     for layer in model.get_base_model().model.layers:
         for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
@@ -142,12 +143,12 @@ def test_checkpointing_replays_the_masks(checkpoint):
 @pytest.mark.parametrize("rate", [0.05, 0.5])
 def test_a_mask_keeps_the_right_share_everywhere_and_depends_on_the_seed_alone(rate):
     x = torch.empty(4003, 1001)
-    mask = _mask(x, rate, 7)
+    mask = keep_mask(x, rate, 7)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     lanes = [mask.flatten()[i::4].mean().item() for i in range(4)]  # four elements come from one draw
     assert lanes == pytest.approx([1 - rate] * 4, abs=4.5 * (rate * (1 - rate) / (x.numel() / 4)) ** 0.5)
     torch.rand(3)
-    assert torch.equal(mask, _mask(x, rate, 7)) and not torch.equal(mask, _mask(x, rate, 8))
+    assert torch.equal(mask, keep_mask(x, rate, 7)) and not torch.equal(mask, keep_mask(x, rate, 8))
 
 
 def test_dropout_is_unbiased(checkpoint):

@@ -7,8 +7,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig
 
 from qlora_helpers.batching import checkpoint_layers, plan_encoded
-from qlora_helpers.lora import _mask, fuse_lora
+from qlora_helpers.lora import fuse_lora
 from qlora_helpers.packing import use_packed_attention
+from qlora_helpers.passes import keep_mask
 from qlora_helpers.scoring import label_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -72,7 +73,7 @@ def test_checkpointing_replays_the_masks(checkpoint):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_mask_keeps_the_right_share_everywhere_and_depends_on_the_seed_alone(compiled):
-    draw = torch.compile(_mask, dynamic=True) if compiled else _mask
+    draw = torch.compile(keep_mask, dynamic=True) if compiled else keep_mask
     x = torch.empty(4096, 1024, device="cuda", dtype=torch.float16)
     masks = [draw(x, 0.05, seed).float() for seed in (7, 8, 2**31 - 2)]
     torch.rand(3, device="cuda")

@@ -1,0 +1,102 @@
+"""The elementwise passes between a decoder layer's products: each one kernel on a GPU, plain PyTorch elsewhere."""
+
+from functools import cache, wraps
+from importlib.util import find_spec
+
+import torch
+from torch.nn.functional import silu
+
+
+def _one_pass(dynamic):
+    """On a GPU, a function compiled to one kernel, at once for all shapes and seeds (True) or for those that are seen to change (None);
+    elsewhere as it stands."""
+    def decorate(function):
+        compiled = cache(lambda: torch.compile(function, dynamic=dynamic) if find_spec("triton") else function)
+
+        @wraps(function)
+        def call(x, *args):
+            return (compiled() if x.is_cuda else function)(x, *args)
+        return call
+    return decorate
+
+
+def keep_mask(x, rate, seed) -> torch.Tensor:
+    """1 where an element of `x` (tokens, width) is kept, 0 where it is dropped, in its dtype: a function of the seed alone."""
+    if not x.is_cuda:
+        # a draw of 64 bits serves four elements, which rounds the rate to 1/65536: one draw each took a fifth of a training step
+        generator = torch.Generator().manual_seed(seed)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)
+        return torch.ge(bits[:x.numel()].view(x.shape), round(rate * 65536) - 32768, out=torch.empty_like(x))
+    rows, columns = (torch.arange(n, dtype=torch.int32, device=x.device) for n in x.shape)
+    return (_mix(_mix(rows[:, None] * x.shape[1] + columns) + seed) & 0x7fffffff >= round(rate * 2**31)).to(x.dtype)
+
+
+def _mix(x) -> torch.Tensor:
+    """An int32 hash, arithmetic alone, so that it costs no memory traffic: a multiply-xorshift finaliser."""
+    x = (x ^ (x >> 16 & 0xffff)) * 0x7feb352d
+    x = (x ^ (x >> 15 & 0x1ffff)) * -0x7b935975
+    return x ^ (x >> 16 & 0xffff)
+
+
+@_one_pass(dynamic=True)
+def _dropped(x, rate, seed):
+    return x * keep_mask(x, rate, seed)
+
+
+def drop(x, rate, seed):
+    """x (tokens, width) where it is kept, not scaled up; x itself if nothing is dropped."""
+    return _dropped(x, rate, seed) if rate else x
+
+
+@_one_pass(dynamic=True)
+def _drop_gradients(grad, low, x, rate, seed):
+    keep = keep_mask(x, rate, seed)
+    return torch.addcmul(grad, low, keep), x * keep
+
+
+def drop_backward(grad, low, x, rate, seed):
+    """The gradient of x from that of the frozen product and that of the dropped x, and the dropped x."""
+    return _drop_gradients(grad, low, x, rate, seed) if rate else (grad.add_(low), x)
+
+
+@_one_pass(dynamic=True)
+def swiglu(gate, up, rate, seed):
+    """silu(gate) * up, and the same where it is kept."""
+    hidden = silu(gate) * up
+    return hidden, hidden * keep_mask(gate, rate, seed) if rate else hidden
+
+
+@_one_pass(dynamic=True)
+def swiglu_backward(grad, low, gate, up, rate, seed):
+    """The gradients of gate and up from that of the frozen product and that of what was kept; and what was kept."""
+    keep = keep_mask(gate, rate, seed) if rate else None
+    grad = grad + low if keep is None else torch.addcmul(grad, low, keep)
+    sigmoid = gate.sigmoid()
+    activated = gate * sigmoid
+    hidden = activated * up
+    return grad * up * (sigmoid + activated * (1 - sigmoid)), grad * activated, hidden if keep is None else hidden * keep
+
+
+def _rotate(x, cos, sin):
+    """x, its two halves as the coordinates of points turned by the angles of `cos` and `sin`; -sin turns them back."""
+    half = x.shape[-1] // 2
+    sign = torch.where(torch.arange(x.shape[-1], device=x.device) < half, -1, 1).to(x.dtype)
+    return x * cos[:, None] + x.roll(half, -1) * (sin * sign)[:, None]
+
+
+@_one_pass(dynamic=None)
+def heads(qkv, cos, sin, place, size, groups):
+    """Query, key and value (places, heads, size) of the tokens that `place` names, rotated by `cos` and `sin` (tokens, size) of their
+    positions, from qkv (tokens, all heads' outputs); keys and values are repeated for the `groups` queries that share them."""
+    qkv, cos, sin = qkv.view(len(qkv), -1, size)[place], cos[place], sin[place]
+    n = qkv.shape[1] // (groups + 2)
+    query, key, value = qkv.split([groups * n, n, n], 1)
+    return (_rotate(query, cos, sin), _rotate(key, cos, sin).repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
+@_one_pass(dynamic=None)
+def heads_backward(query, key, value, cos, sin, real, groups):
+    """The gradient of qkv from those of `heads`, of the tokens at the places `real`."""
+    # a sum of slices: as a reduction it becomes a kernel of its own, ten times slower
+    key, value = (sum(x[real].unflatten(1, (-1, groups)).unbind(2)) for x in (key, value))
+    return torch.cat((_rotate(query[real], cos, -sin), _rotate(key, cos, -sin), value), 1).flatten(1)
