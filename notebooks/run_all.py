@@ -91,7 +91,8 @@ def main() -> None:
     metrics = json.loads((workspace / "metrics.json").read_text(encoding="utf-8"))
     table = pd.DataFrame.from_dict(metrics["scoreboard"], orient="index")
     formats = {"p_value": "{:.1e}".format, "rows_per_second": "{:,.1f}".format}
-    print(f"\n{table.to_string(float_format='%.4f', formatters=formats, na_rep='')}\n\nThe executed notebooks are in {workspace}/notebooks.")
+    print(f"\n{table.to_string(float_format='%.4f', formatters=formats, na_rep='')}")
+    print(f"\nThe executed notebooks are in {workspace}/notebooks.")
     print(f"accuracy={table.accuracy['tuned model']:.4f} macro_f1={table.macro_f1['tuned model']:.4f}")
 
 

@@ -42,7 +42,7 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
     try:
         read = _read_prefix(model, tokenizer(prefix).input_ids) if prefix else None
         tokens = TOKENS_PER_BATCH[model.device.type] // (4 if prefix else 1)  # each row of a batch holds a copy of what was read
-        with tqdm(total=len(encoded), desc=progress, unit="row", disable=progress is None) as bar:
+        with tqdm(total=len(encoded), desc=progress, unit="row", disable=progress is None, mininterval=3) as bar:
             for batch in length_batches(encoded, tokens):
                 rows = [encoded[i] for i in batch]
                 found = _label_logits_after(model, read, rows, label_ids) if prefix else label_logits(model, rows, label_ids)
