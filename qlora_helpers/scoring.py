@@ -20,12 +20,21 @@ def label_logits(model: PreTrainedModel | PeftModel, encoded: Sequence[Sequence[
     """(rows, labels) float32 logits of the label tokens, as the next token after each of the `encoded` prompts.
     The head is applied to each row's last token and to the label tokens' rows alone: a softmax over this is the model's
     next-token distribution, conditioned on the label words. `model` comes from `load_base_model`."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = _causal_lm(model)
     packed = pack(encoded, causal_lm.device)
     with torch.autocast(causal_lm.device.type, enabled=False):  # weights and activations have the dtype that they shall have
         hidden = causal_lm.base_model(**packed, use_cache=False).last_hidden_state[0]
-        head = causal_lm.get_output_embeddings().weight[label_ids]
-        return (hidden[packed["ends"]].to(head.dtype) @ head.T).float()
+        return _at_labels(causal_lm, hidden[packed["ends"]], label_ids)
+
+
+def _causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _at_labels(causal_lm: PreTrainedModel, hidden: torch.Tensor, label_ids: list[int]) -> torch.Tensor:
+    """(rows, labels) float32 logits from (rows, size) hidden states."""
+    head = causal_lm.get_output_embeddings().weight[label_ids]
+    return (hidden.to(head.dtype) @ head.T).float()
 
 
 @torch.no_grad()
@@ -55,13 +64,13 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
 
 def _read_prefix(model, ids: list[int]) -> Cache:
     """The keys and values of a text, for the rows that come after it."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = _causal_lm(model)
     return causal_lm.base_model(torch.tensor([ids], device=causal_lm.device), use_cache=True).past_key_values
 
 
 def _label_logits_after(model, read: Cache, encoded: list[list[int]], label_ids: list[int]) -> torch.Tensor:
     """`label_logits` of rows that follow what was read, by the library's own attention over right-padded rows."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = _causal_lm(model)
     lengths = torch.tensor([len(row) for row in encoded], device=causal_lm.device)
     ids = pad_sequence([torch.tensor(row) for row in encoded], batch_first=True).to(causal_lm.device)
     mask = torch.arange(read.get_seq_length() + ids.shape[1], device=ids.device) < read.get_seq_length() + lengths[:, None]
@@ -72,8 +81,7 @@ def _label_logits_after(model, read: Cache, encoded: list[list[int]], label_ids:
         hidden = causal_lm.base_model(ids, attention_mask=mask.long(), past_key_values=copies, use_cache=True).last_hidden_state
     finally:
         use_packed_attention(causal_lm)
-    head = causal_lm.get_output_embeddings().weight[label_ids]
-    return (hidden[torch.arange(len(encoded)), lengths - 1].to(head.dtype) @ head.T).float()
+    return _at_labels(causal_lm, hidden[torch.arange(len(encoded)), lengths - 1], label_ids)
 
 
 def length_batches(encoded: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """Training and scoring speed of this project's own code path on one checkpoint: one line of JSON a setting.
 
     python tests/benchmarks/bench_training.py CHECKPOINT tokens.json --memory-gib 14.74 --force-t4
-    python tests/benchmarks/bench_training.py CHECKPOINT tokens.json --settings plain:8:0 fused:16:0 --rows 96 --repeats 1
+    python tests/benchmarks/bench_training.py CHECKPOINT tokens.json --settings plain:8:all fused:16:plan --rows 96 --repeats 1
 
 CHECKPOINT is a folder that Transformers reads, quantised to NF4 on loading. tokens.json holds `short` (prompts as lists of token ids),
 `label` (each row's class) and `label_ids` (the token ids of each label). A setting is PATH:ROWS:KEPT. PATH is "fused" (the package's),
@@ -15,7 +15,6 @@ peak reserved GiB of training and of scoring, `first_step_s` (from attaching LoR
 
 import argparse
 import contextlib
-import gc
 import json
 import random
 import resource
@@ -80,8 +79,8 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
             plan = batching.plan_encoded(model, prompts, label_ids, size)
             result["plan"] = vars(plan)
         else:
-            most = len(batching.decoder_layers(model)) * 10**6
-            plan = batching.BatchPlan(size, 1, {"all": most, "none": 0}.get(kept) if kept in ("all", "none") else int(kept), None, "")
+            named = {"all": len(batching.decoder_layers(model)) * 10**6, "none": 0}
+            plan = batching.BatchPlan(size, 1, named[kept] if kept in named else int(kept), None, "")
         torch.manual_seed(0)
         step = training_step(model, logits, tokens, label_ids, plan)
         order = random.Random(0).sample(range(len(prompts)), len(prompts))
@@ -180,9 +179,8 @@ def synchronize() -> None:
 
 
 def reset_peak() -> None:
-    gc.collect()
+    batching.free_memory()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
