@@ -50,8 +50,9 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     # before the first allocation: batches of many sizes would else leave gaps in the GPU memory that none of them fits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    model = _load(AutoModelForCausalLM, config, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"},
-                  quantization_config=None if hasattr(_load(AutoConfig, config), "quantization_config") else nf4)
+    # a checkpoint in 4 bits brings its own config, which any that is passed, None too, would replace
+    quantise = {} if hasattr(_load(AutoConfig, config), "quantization_config") else {"quantization_config": nf4}
+    model = _load(AutoModelForCausalLM, config, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"}, **quantise)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype  # a checkpoint quantised elsewhere brings its own

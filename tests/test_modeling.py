@@ -41,6 +41,20 @@ def _weights(model, part) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if part in name}
 
 
+def test_a_checkpoint_that_is_already_in_4_bits_loads_as_it_is(base, tiny, config, tmp_path):
+    loaded = load_base_model(dataclasses.replace(config, base_model=tiny))
+    loaded.config.quantization_config.bnb_4bit_compute_dtype = torch.float16  # as a checkpoint made for a T4 says
+    loaded.save_pretrained(tmp_path / "nf4")
+    again = load_base_model(dataclasses.replace(config, base_model=str(tmp_path / "nf4")))
+    linear = {name: module for name, module in again.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
+    assert len(linear) == 2 * len(LINEAR)
+    for name, module in linear.items():
+        assert torch.equal(module.weight, loaded.get_submodule(name).weight)
+        assert module.compute_dtype == compute_dtype()[0]
+    encoded = encode_prompts(base[1], TEXTS, 64)
+    torch.testing.assert_close(label_logits(again, encoded, [1, 2, 3]), label_logits(loaded, encoded, [1, 2, 3]))
+
+
 @pytest.fixture
 def adapted(base, config):
     """A copy of the embedded model with LoRA attached, B still zero."""

@@ -3,14 +3,16 @@
     python tests/benchmarks/bench_training.py CHECKPOINT tokens.json --memory-gib 14.74 --force-t4
     python tests/benchmarks/bench_training.py CHECKPOINT tokens.json --settings plain:8:all fused:16:plan --rows 96 --repeats 1
 
-CHECKPOINT is a folder that Transformers reads, quantised to NF4 on loading. tokens.json holds `short` (prompts as lists of token ids),
-`label` (each row's class) and `label_ids` (the token ids of each label). A setting is PATH:ROWS:KEPT. PATH is "fused" (the package's),
-or "plain", the loop that one would write first: PEFT's own layers, left-padded batches in random order, `logits_to_keep=1`. ROWS is rows a
-step. KEPT is "all" or "none" of the decoder layers' activations kept for backward, a number of activations (as a batch plan has it), or
+CHECKPOINT is a folder that Transformers reads: float16, which is quantised to NF4 on loading, or already in NF4, as --save-quantised writes
+it. The first line says what loading took: seconds, peak reserved GPU memory, and the peak of this process' anonymous host memory (RssAnon),
+with what it held before. tokens.json holds `short` (prompts as lists of token ids), `label` (each row's class) and `label_ids` (the token
+ids of each label); if --rows asks for more rows, they repeat. A setting is PATH:ROWS:KEPT. PATH is "fused" (the package's), or "plain", the
+loop that one would write first: PEFT's own layers, left-padded batches in random order, `logits_to_keep=1`. ROWS is rows a step, or
+ROWS/MICRO to cut it into micro-batches of MICRO rows. KEPT is "all" or "none" of the decoder layers' activations kept for backward, a number of activations (as a batch plan has it), or
 "plan" to let the package plan with ROWS as effective batch. A step is forward, backward, clipping at 1.0 and AdamW, with a GradScaler in
 float16; the package's batches are sorted by length in windows of eight. A line says: training and scoring rows/s (medians of --repeats),
-peak reserved GiB of training and of scoring, `first_step_s` (from attaching LoRA to the end of a step on the longest rows), `mean_loss`
-(of the last repeat), or `out_of_memory`.
+peak reserved GiB of training and of scoring, `first_step_s` (from attaching LoRA to the end of a step on the longest rows), `steps`,
+`mean_loss` (of the last repeat), with --losses each step's loss in the first repeat, or `out_of_memory`.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import json
 import random
 import resource
 import statistics
+import threading
 import time
 from pathlib import Path
 
@@ -38,22 +41,33 @@ def main() -> None:
     parser.add_argument("tokens")
     parser.add_argument("--memory-gib", type=float, help="the GPU memory to use; all of it without this")
     parser.add_argument("--force-t4", action="store_true", help="float16, and none of the attention kernels that a T4 lacks")
-    parser.add_argument("--settings", nargs="+", default=SETTINGS, metavar="PATH:ROWS:KEPT")
+    parser.add_argument("--settings", nargs="*", default=SETTINGS, metavar="PATH:ROWS:KEPT")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--losses", action="store_true")
+    parser.add_argument("--save-quantised", metavar="FOLDER", help="write the loaded model in NF4")
     parser.add_argument("--profile", action="store_true", help="also print where the time goes in two steps of each setting")
     args = parser.parse_args()
     tokens = json.loads(Path(args.tokens).read_text())
+    for name in ("short", "label"):
+        tokens[name] = (tokens[name] * -(-args.rows // len(tokens[name])))[:args.rows]
     if args.memory_gib:
         torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     if args.force_t4:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         modeling.compute_dtype = lambda: (torch.float16, "asked for by --force-t4")
-    start = time.perf_counter()
-    base = modeling.load_base_model(RunConfig("cpu", args.checkpoint, "sample", 1, 1, 1, learning_rate=2e-4))
-    print(json.dumps({"load_s": round(time.perf_counter() - start, 1), "load_peak_gib": peak_gib(), "dtype": str(base.dtype),
+    if torch.cuda.is_available():
+        torch.zeros(1).cuda()  # CUDA's own share of the host memory comes before
+    with HostMemory() as host:
+        start = time.perf_counter()
+        base = modeling.load_base_model(RunConfig("cpu", args.checkpoint, "sample", 1, 1, 1, learning_rate=2e-4))
+        seconds = time.perf_counter() - start
+    if args.save_quantised:
+        base.save_pretrained(args.save_quantised)
+    print(json.dumps({"load_s": round(seconds, 1), "load_peak_gib": peak_gib(), "load_host_gib_before": host.before,
+                      "load_host_gib_peak": host.peak, "dtype": str(base.dtype),
                       "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
                       "torch": torch.__version__}), flush=True)
     for setting in args.settings:
@@ -62,8 +76,10 @@ def main() -> None:
 
 def measure(base, tokens: dict, setting: str, args) -> dict:
     path, size, kept = setting.split(":")
+    size, _, micro = size.partition("/")
     result, size, fused = {}, int(size), path == "fused"
-    prompts, label_ids = tokens["short"][:args.rows], [ids[0] for ids in tokens["label_ids"]]
+    micro = int(micro or size)
+    prompts, label_ids = tokens["short"], [ids[0] for ids in tokens["label_ids"]]
     reset_peak()
     start = time.perf_counter()
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=args.dropout, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -80,7 +96,7 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
             result["plan"] = vars(plan)
         else:
             named = {"all": len(batching.decoder_layers(model)) * 10**6, "none": 0}
-            plan = batching.BatchPlan(size, 1, named[kept] if kept in named else int(kept), None, "")
+            plan = batching.BatchPlan(micro, size // micro, named[kept] if kept in named else int(kept), None, "")
         torch.manual_seed(0)
         step = training_step(model, logits, tokens, label_ids, plan)
         order = random.Random(0).sample(range(len(prompts)), len(prompts))
@@ -98,7 +114,10 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
             losses = [step(batch) for batch in batches]
             synchronize()
             rates.append(len(prompts) / (time.perf_counter() - start))
-        result |= {"train_rows_per_s": round(statistics.median(rates), 2), "mean_loss": round(torch.stack(losses).mean().item(), 4)}
+            if args.losses and len(rates) == 1:
+                result["losses"] = [round(loss, 5) for loss in torch.stack(losses).tolist()]
+        result |= {"train_rows_per_s": round(statistics.median(rates), 2), "steps": len(batches) * args.repeats,
+                   "mean_loss": round(torch.stack(losses).mean().item(), 4)}
         if args.profile:
             print(profile(step, batches[:2]), flush=True)
         result["train_peak_reserved_gib"] = peak_gib()
@@ -171,6 +190,30 @@ def profile(step, batches) -> str:
         synchronize()
     return found.key_averages().table(sort_by=f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total", row_limit=40,
                                       max_name_column_width=70)
+
+
+class HostMemory:
+    """The peak of this process' anonymous memory in GiB while the block runs, seen every 5 ms, and what it was `before`."""
+
+    def __enter__(self):
+        self.before = self.peak = self.now()
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def watch(self):
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, self.now())
+
+    def __exit__(self, *error):
+        self.done.set()
+        self.thread.join()
+
+    @staticmethod
+    def now() -> float:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return round(int(fields["RssAnon"].split()[0]) / 2**20, 2)
 
 
 def synchronize() -> None:
