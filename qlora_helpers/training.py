@@ -42,12 +42,11 @@ class _Watch(TrainerCallback):
         seconds = time.perf_counter() - self.start
         state.log_history[-1]["seconds"] = round(seconds, 2)
         if self.panel and state.global_step:
-            history = self.trainer.history(seconds)
             left = seconds / state.global_step * (state.max_steps - state.global_step)
-            peak = "" if history["peak_gib"] is None else f", peak {history['peak_gib']:.1f} GiB of GPU memory"
             rate = state.global_step * self.trainer.config.effective_batch_size / seconds
-            self.panel.live(history, f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s, {left / 60:.1f} minutes left"
-                                     + peak)
+            peak = self.trainer.peak_gib()
+            self.panel.live(lambda: self.trainer.history(seconds), f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s, "
+                            f"{left / 60:.1f} minutes left" + ("" if peak is None else f", peak {peak:.1f} GiB of GPU memory"))
 
 
 class LabelTrainer(Trainer):
@@ -181,7 +180,6 @@ class LabelTrainer(Trainer):
         log = self.state.log_history
         validation = [{name: e[name] for name in ("step", "epoch", "seconds")} | {name: e[f"eval_{name}"] for name in
                       ("loss", "accuracy", "macro_f1")} for e in log if "eval_loss" in e]
-        on_gpu = self.model.device.type == "cuda"
         return {
             "train": [{k: e[k] for k in ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")} for e in log if "loss" in e],
             "validation": validation,  # its first entry is before training
@@ -189,6 +187,10 @@ class LabelTrainer(Trainer):
             "seconds": round(seconds, 1),
             "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
             "skipped_steps": self.watch.skipped_steps,
-            "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
+            "peak_gib": self.peak_gib(),
             "plan": vars(self.plan),
         }
+
+    def peak_gib(self) -> float | None:
+        """The most GPU memory that was ever reserved, in GiB; None on a CPU."""
+        return round(torch.cuda.max_memory_reserved() / 2**30, 2) if self.model.device.type == "cuda" else None

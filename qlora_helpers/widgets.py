@@ -17,10 +17,11 @@ from qlora_helpers.workspace import Workspace
 
 class LossPanel(ipw.VBox):
     """The losses of `LabelTrainer.fit`, live while it trains, and afterwards with sliders: smoothing, the x axis, a logarithmic scale,
-    and the earlier runs of the workspace to compare with. It draws when it has cost less than a fiftieth of the time so far."""
+    and the earlier runs of the workspace to compare with. `cost` is the seconds that its pictures took."""
 
     def __init__(self, workspace: Workspace):
-        self.workspace, self.history, self._earlier, self.cost, self._start = workspace, None, {}, 0.0, time.perf_counter()
+        self.workspace, self.history, self._earlier = workspace, None, {}
+        self.cost, self._last, self._start = 0.0, 0.0, time.perf_counter()
         self.status, self.picture = ipw.HTML(), ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
         self.smoothing = ipw.FloatSlider(0.6, min=0, max=0.95, step=0.05, description="smoothing")
         self.x = ipw.ToggleButtons(options=list(X_AXES), description="x axis", style={"button_width": "70px"})
@@ -40,17 +41,20 @@ class LossPanel(ipw.VBox):
         self.show(json.loads((self.workspace / "training.json").read_text(encoding="utf-8")))
         return self
 
-    def live(self, history: dict, status: str) -> None:
-        """Show a history that is still growing, unless that would slow it down."""
-        if self.cost < 0.02 * (time.perf_counter() - self._start):
-            self.show(history, status)
+    def live(self, history: Callable[[], dict], status: str) -> None:
+        """Show `status`, and the picture of a history that is still growing if that keeps the cost below a fiftieth of the time so far."""
+        if self.cost + self._last <= 0.02 * (time.perf_counter() - self._start):
+            self.show(history(), status)
+        else:
+            self.status.value = html.escape(status)
 
     def show(self, history: dict, status: str = "") -> None:
         start = time.perf_counter()
         self.history = history
         self.status.value = html.escape(status or f"{history['seconds'] / 60:.1f} minutes, {history['rows_per_second']:.2f} rows/s")
         self.draw()
-        self.cost += time.perf_counter() - start
+        self._last = time.perf_counter() - start  # one more picture is expected to cost as much
+        self.cost += self._last
 
     def draw(self) -> None:
         buffer = io.BytesIO()
