@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_helpers.errors import ModelError
 from qlora_helpers.packing import pack, use_packed_attention
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 
@@ -41,8 +42,9 @@ def _at_labels(causal_lm: PreTrainedModel, hidden: torch.Tensor, label_ids: list
 def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int,
                         progress: str | None = None, prefix: str = "", temperature: float = 1.0) -> np.ndarray:
     """(texts, labels) float64 probabilities, each row summing to 1, in the order of `texts`.
-    Rows are scored in order of length. `progress` names a progress bar. `prefix` (see `few_shot_prefix`) stands before every prompt and
-    is read once; `max_length` does not count it."""
+    Rows are scored in order of length, in smaller batches once one has run out of memory. `progress` names a progress bar. `prefix` (see
+    `few_shot_prefix`) stands before every prompt and is read once; `max_length` does not count it. Raises ModelError if a single row runs
+    out of memory."""
     label_ids = label_token_ids(tokenizer)
     encoded = encode_prompts(tokenizer, list(texts), max_length, after_prefix=bool(prefix))
     logits = torch.empty(len(encoded), len(label_ids))
@@ -52,14 +54,31 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
         read = _read_prefix(model, tokenizer(prefix).input_ids) if prefix else None
         tokens = TOKENS_PER_BATCH[model.device.type] // (4 if prefix else 1)  # each row of a batch holds a copy of what was read
         with tqdm(total=len(encoded), desc=progress, unit="row", disable=progress is None, mininterval=3) as bar:
-            for batch in length_batches(encoded, tokens):
+            batches = length_batches(encoded, tokens)
+            while batches:
+                batch = batches[0]
                 rows = [encoded[i] for i in batch]
-                found = _label_logits_after(model, read, rows, label_ids) if prefix else label_logits(model, rows, label_ids)
+                try:
+                    found = _label_logits_after(model, read, rows, label_ids) if prefix else label_logits(model, rows, label_ids)
+                except torch.OutOfMemoryError:
+                    found = None  # and leave this block: its traceback holds the activations
+                if found is None:
+                    batches = _halves(batches)
+                    continue
                 logits[batch] = found.cpu()
-                bar.update(len(batch))
+                bar.update(len(batches.pop(0)))
     finally:
         model.train(was_training)
     return torch.softmax(logits.double() / temperature, dim=-1).numpy()
+
+
+def _halves(batches: list[list[int]]) -> list[list[int]]:
+    if len(batches[0]) == 1:
+        raise ModelError("a single row runs out of GPU memory: set QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model still "
+                         "holds the memory.")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [half for batch in batches for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]) if half]
 
 
 def _read_prefix(model, ids: list[int]) -> Cache:

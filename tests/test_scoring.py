@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_helpers import scoring
 from qlora_helpers.data import load_rows
+from qlora_helpers.errors import ModelError
 from qlora_helpers.metrics import with_temperature
 from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_base_model
 from qlora_helpers.packing import use_packed_attention
@@ -105,6 +106,25 @@ def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(t
     assert abs(label_probabilities(model, base[1], TEXTS, 256) - expected).max() > 0.1
     with model.disable_adapter():
         np.testing.assert_allclose(label_probabilities(model, base[1], TEXTS, 256), expected, atol=1e-6, rtol=0)
+
+
+def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(base, monkeypatch):
+    texts = [f"{i} goals " * (1 + i % 5) for i in range(23)]
+    expected, real, sizes = label_probabilities(*base, texts, 64), scoring.label_logits, []
+
+    def limited(limit):
+        def logits(model, rows, label_ids):
+            sizes.append(len(rows))
+            if len(rows) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(model, rows, label_ids)
+        return logits
+    monkeypatch.setattr(scoring, "label_logits", limited(6))
+    np.testing.assert_allclose(label_probabilities(*base, texts, 64), expected, atol=1e-5)
+    assert sizes == [23, 11, 5, 6, 6, 6]
+    monkeypatch.setattr(scoring, "label_logits", limited(0))
+    with pytest.raises(ModelError, match="QLORA_MAX_LENGTH"):
+        label_probabilities(*base, texts, 64)
 
 
 def test_a_temperature_divides_the_logits(base):

@@ -8,11 +8,12 @@ it. The first line says what loading took: seconds, peak reserved GPU memory, an
 with what it held before. tokens.json holds `short` (prompts as lists of token ids), `label` (each row's class) and `label_ids` (the token
 ids of each label); if --rows asks for more rows, they repeat. A setting is PATH:ROWS:KEPT. PATH is "fused" (the package's), or "plain", the
 loop that one would write first: PEFT's own layers, left-padded batches in random order, `logits_to_keep=1`. ROWS is rows a step, or
-ROWS/MICRO to cut it into micro-batches of MICRO rows. KEPT is "all" or "none" of the decoder layers' activations kept for backward, a number of activations (as a batch plan has it), or
-"plan" to let the package plan with ROWS as effective batch. A step is forward, backward, clipping at 1.0 and AdamW, with a GradScaler in
-float16; the package's batches are sorted by length in windows of eight. A line says: training and scoring rows/s (medians of --repeats),
-peak reserved GiB of training and of scoring, `first_step_s` (from attaching LoRA to the end of a step on the longest rows), `steps`,
-`mean_loss` (of the last repeat), with --losses each step's loss in the first repeat, or `out_of_memory`.
+ROWS/MICRO to cut it into micro-batches of MICRO rows. KEPT is "all" or "none" of the decoder layers' activations kept for backward, a
+number of activations (as a batch plan has it), or "plan" to let the package plan with ROWS as effective batch. A step is forward,
+backward, clipping at 1.0 and AdamW, with a GradScaler in float16; the package's batches are sorted by length in windows of eight. A line
+says: training and scoring rows/s (medians of --repeats), peak reserved GiB of training and of scoring, `first_step_s` (from attaching LoRA
+to the end of a step on the longest rows), `steps`, `mean_loss` (of the last repeat), with --losses each step's loss in the first repeat, or
+`out_of_memory`.
 """
 
 import argparse
@@ -126,7 +127,13 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
         reset_peak()
         groups = scoring.length_batches(prompts, scoring.TOKENS_PER_BATCH[model.device.type]) if fused else [
             order[i:i + 16] for i in range(0, len(order), 16)]
-        rates = [score(model.eval(), logits, prompts, groups, label_ids) for _ in range(args.repeats)]
+        rates = []
+        while len(rates) < args.repeats:
+            try:
+                rates.append(score(model.eval(), logits, prompts, groups, label_ids))
+            except torch.OutOfMemoryError:  # the package halves its batches then
+                groups = [half for group in groups for half in (group[:len(group) // 2], group[len(group) // 2:]) if half]
+                batching.free_memory()
         result |= {"score_rows_per_s": round(statistics.median(rates), 2), "score_peak_reserved_gib": peak_gib()}
     except torch.OutOfMemoryError:
         result["out_of_memory"] = True
