@@ -74,8 +74,8 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
 
 def _halves(batches: list[list[int]]) -> list[list[int]]:
     if len(batches[0]) == 1:
-        raise ModelError("a single row runs out of GPU memory: set QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model still "
-                         "holds the memory.")
+        raise ModelError("a single row runs out of GPU memory: set QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model "
+                         "still holds the memory.")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return [half for batch in batches for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]) if half]
