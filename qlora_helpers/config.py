@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 
+from qlora_helpers.csv_rows import MOST_LABELS, is_labelled_csv, read_labelled_csv
 from qlora_helpers.errors import ConfigError
 
 AG_NEWS = "fancyzhx/ag_news"
 SAMPLE = "sample"
+LABELS = ("World", "Sports", "Business", "Sci/Tech")  # of AG News and of the sample
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 PROFILES = {
     "t4": {"base_model": "unsloth/mistral-7b-bnb-4bit", "data": AG_NEWS, "learning_rate": 2e-4,
@@ -29,8 +31,8 @@ _LEAST = {"max_length": 32, "seed": 0}  # of whole numbers; 1 for the others
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Every choice of a run. Make one with `from_environment`; each field can be set by `QLORA_<FIELD>`.
-    Sizes are rows, `max_length` is tokens, `warmup_ratio` a share of all steps. Raises ConfigError for a value
+    """Every choice of a run. Make one with `from_environment`; each field but `labels`, which the data bring, can be set by
+    `QLORA_<FIELD>`. Sizes are rows, `max_length` is tokens, `warmup_ratio` a share of all steps. Raises ConfigError for a value
     that cannot work, before anything is loaded."""
 
     profile: str
@@ -49,10 +51,16 @@ class RunConfig:
     lora_alpha: int = 16
     lora_dropout: float = 0.05
     seed: int = 42
+    labels: tuple[str, ...] = LABELS
 
     def __post_init__(self):
         _check_profile(self.profile)
+        if not (isinstance(self.labels, tuple) and 2 <= len(set(self.labels)) == len(self.labels) <= MOST_LABELS
+                and all(isinstance(label, str) and label for label in self.labels)):
+            raise ConfigError(f"labels are {self.labels!r}: they must be a tuple of 2 to {MOST_LABELS} different names.")
         for field in dataclasses.fields(self):
+            if field.name == "labels":
+                continue
             name, value = field.name, getattr(self, field.name)
             if type(value) is not field.type and not (field.type is float and type(value) is int):
                 raise ConfigError(f"{name} is {value!r}: it must be {_KINDS[field.type]}.")
@@ -79,10 +87,18 @@ class RunConfig:
                               "T4 GPU. To run the small model on the CPU instead, set QLORA_PROFILE=cpu.")
         for name in choices.keys() - _TYPES.keys():
             raise ConfigError(f"unknown setting {name!r}. The settings are: {', '.join(_TYPES)}.")
-        config = cls(**(PROFILES[profile] | choices))
-        if config.data not in (AG_NEWS, SAMPLE) and not os.path.isdir(config.data):
-            raise ConfigError(f"data is {config.data!r}, which is not a folder here. Give a folder that holds train.csv and "
-                              f"test.csv, or {SAMPLE!r} (bundled), or {AG_NEWS!r} (from the hub).")
+        defaults = dict(PROFILES[profile])
+        if isinstance(choices.get("train_size"), int):  # the temperature and the choice of the epoch need validation rows in proportion
+            defaults["validation_size"] = max(defaults["validation_size"], choices["train_size"] // 7)
+        data = choices.get("data", defaults["data"])
+        if is_labelled_csv(data) and os.path.isfile(data):
+            defaults |= _of_labelled_csv(data, defaults, choices)
+        config = cls(**(defaults | choices))
+        if config.data not in (AG_NEWS, SAMPLE) and not os.path.isdir(config.data) and not (
+                is_labelled_csv(config.data) and os.path.isfile(config.data)):
+            raise ConfigError(f"data is {config.data!r}, which is not here. Give a folder that holds train.csv and test.csv in AG News' "
+                              "layout, or a CSV file with the header text,label, "
+                              f"or {SAMPLE!r} (bundled), or {AG_NEWS!r} (from the hub).")
         return config
 
     def to_json(self) -> str:
@@ -92,8 +108,9 @@ class RunConfig:
     def from_json(cls, text: str) -> "RunConfig":
         """The config that `to_json` wrote. Raises ConfigError for text that is not one."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
+            fields = json.loads(text)
+            return cls(**fields | {"labels": tuple(fields["labels"])})
+        except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"this is not a run's config ({error}): run notebooks/01_setup.ipynb again.") from error
 
     def check_environment(self) -> None:
@@ -104,7 +121,7 @@ class RunConfig:
                                   f"{getattr(self, name)!r}: run notebooks/01_setup.ipynb again, or unset the variable.")
 
 
-_TYPES = {field.name: field.type for field in dataclasses.fields(RunConfig)}
+_TYPES = {field.name: field.type for field in dataclasses.fields(RunConfig) if field.name != "labels"}
 
 
 def default_profile() -> str:
@@ -118,6 +135,16 @@ def project_folder() -> Path:
     """What a relative path is relative to: the folder above, in a notebook that runs in notebooks/, else the current folder."""
     here = Path.cwd()  # Jupyter and nbval start a notebook in its own folder, make and a terminal one above: one run, one folder
     return here.parent if here.name == "notebooks" else here
+
+
+def _of_labelled_csv(data: str, defaults: dict, choices: dict) -> dict:
+    """The labels of a CSV file, and sizes that it can fill: a fifth to test, a tenth to validate, at most as many as the profile has."""
+    rows = read_labelled_csv(Path(data))
+    sizes = defaults | {"test_size": min(defaults["test_size"], max(len(rows.attrs["labels"]), len(rows) // 5)),
+                        "validation_size": min(defaults["validation_size"], max(1, len(rows) // 10))} | choices
+    left = len(rows) - sizes["test_size"] - sizes["validation_size"]
+    return {"labels": rows.attrs["labels"], "test_size": sizes["test_size"], "validation_size": sizes["validation_size"],
+            "train_size": max(1, min(defaults["train_size"], left))}
 
 
 def _check_profile(profile: str) -> None:

@@ -36,7 +36,7 @@ def learning_curve(config: RunConfig, rows: dict[str, pd.DataFrame], sizes: list
         plan = plan_batches(model, tokenizer, train.text.tolist(), config)
         with tempfile.TemporaryDirectory() as folder:
             LabelTrainer(model, tokenizer, subset, dataclasses.replace(config, train_size=size), plan, Path(folder)).train()
-        tuned = label_probabilities(model, tokenizer, test.text, config.max_length, progress=f"{size} rows").argmax(axis=1)
+        tuned = label_probabilities(model, tokenizer, test.text, config, progress=f"{size} rows").argmax(axis=1)
         tfidf = tfidf_classifier().fit(train.text, train.label).predict(test.text)
         found[size] = {"tuned model": (tuned == test.label).mean(), "TF-IDF + logistic regression": (tfidf == test.label).mean()}
         del model

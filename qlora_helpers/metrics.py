@@ -1,5 +1,7 @@
 """What a scoreboard needs: accuracy and macro-F1 by an `evaluate` module without the hub, intervals, a test, calibration."""
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 import numpy as np
@@ -8,25 +10,23 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from qlora_helpers.data import LABELS
-
 
 class ClassificationScores(evaluate.Metric):
-    """Accuracy, and F1 averaged over all labels with equal weight, of predicted and true label indices."""
+    """Accuracy, and F1 averaged over all labels (`label_count` of them) with equal weight, of predicted and true label indices."""
 
     def _info(self):
         return evaluate.MetricInfo(
             description=self.__doc__, citation="", inputs_description="label indices",
             features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}))
 
-    def _compute(self, predictions, references):
-        macro_f1 = f1_score(references, predictions, labels=range(len(LABELS)), average="macro", zero_division=0)
+    def _compute(self, predictions, references, label_count):
+        macro_f1 = f1_score(references, predictions, labels=range(label_count), average="macro", zero_division=0)
         return {"accuracy": float(accuracy_score(references, predictions)), "macro_f1": float(macro_f1)}
 
 
-def scores(predictions, references) -> dict[str, float]:
-    """`accuracy` and `macro_f1` of label indices, through ClassificationScores."""
-    return ClassificationScores(keep_in_memory=True).compute(predictions=predictions, references=references)
+def scores(predictions, references, labels: Sequence[str]) -> dict[str, float]:
+    """`accuracy` and `macro_f1` of indices into `labels`, through ClassificationScores."""
+    return ClassificationScores(keep_in_memory=True).compute(predictions=predictions, references=references, label_count=len(labels))
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -35,10 +35,10 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def macro_f1_interval(predictions, references, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def macro_f1_interval(predictions, references, labels: Sequence[str], resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """The 95% interval of a macro-F1 by the percentile bootstrap (Efron, 1979): rows are drawn again with replacement, which is a
     multinomial draw of the confusion matrix."""
-    n = len(LABELS)
+    n = len(labels)
     counts = confusion_matrix(references, predictions, labels=range(n)).ravel()
     drawn = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=resamples).reshape(-1, n, n)
     right, pairs = np.diagonal(drawn, axis1=1, axis2=2), drawn.sum(axis=1) + drawn.sum(axis=2)
@@ -81,14 +81,15 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
     return np.maximum(powers / powers.sum(axis=1, keepdims=True), 1e-300)
 
 
-def scoreboard(references: list[int], systems: dict[str, list[int]], rows_per_second: dict[str, float] | None = None) -> pd.DataFrame:
+def scoreboard(references: list[int], systems: dict[str, list[int]], labels: Sequence[str],
+               rows_per_second: dict[str, float] | None = None) -> pd.DataFrame:
     """One row for each system's predictions: `accuracy` and `macro_f1`, each with its 95% interval, `p_value` of McNemar's test against
     the last system, `rows_per_second` where it is known, and `correct` of `rows`."""
     table, last = {}, list(systems)[-1]
     for name, predictions in systems.items():
         correct = int(sum(p == r for p, r in zip(predictions, references, strict=True)))
-        both = scores(predictions, references)
-        (low, high), (f1_low, f1_high) = wilson_interval(correct, len(references)), macro_f1_interval(predictions, references)
+        both, (low, high) = scores(predictions, references, labels), wilson_interval(correct, len(references))
+        f1_low, f1_high = macro_f1_interval(predictions, references, labels)
         table[name] = {
             "accuracy": both["accuracy"], "low": low, "high": high, "macro_f1": both["macro_f1"], "f1_low": f1_low, "f1_high": f1_high,
             "p_value": np.nan if name == last else mcnemar(systems[last], predictions, references),

@@ -1,15 +1,13 @@
 """Figures: each function takes data and returns a matplotlib Figure. The colours are Okabe and Ito's, safe for colour-blind readers."""
 
+from collections.abc import Sequence
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from qlora_helpers.data import LABELS
-
-COLOURS = dict(zip(LABELS, ["#0072B2", "#E69F00", "#009E73", "#CC79A7"], strict=True))
-
-
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442"]
 X_AXES = {"epochs": "epoch", "steps": "step", "minutes": "minutes"}
 
 
@@ -26,15 +24,15 @@ def loss_curves(history: dict, x: str = "epochs", smoothing: float = 0.6, log: b
             ax.plot(table[column], table[score], style, color=colour, markersize=3, linewidth=1, label=f"validation, {name}")
     if len(train):
         if smoothing:
-            left.plot(train[column], train.loss, color=COLOURS["World"], alpha=0.25)
-        left.plot(train[column], train.loss.ewm(alpha=1 - smoothing).mean(), color=COLOURS["World"],
+            left.plot(train[column], train.loss, color=COLOURS[0], alpha=0.25)
+        left.plot(train[column], train.loss.ewm(alpha=1 - smoothing).mean(), color=COLOURS[0],
                   label="training loss" + f", smoothed by {smoothing:g}" * bool(smoothing))
     if len(validation):
-        left.plot(validation[column], validation.loss, "o-", color=COLOURS["Sports"], label="validation loss")
-        right.plot(validation[column], validation.accuracy, "o-", color=COLOURS["Business"], label="validation accuracy")
-        right.plot(validation[column], validation.macro_f1, "s--", color=COLOURS["Sci/Tech"], label="validation macro-F1")
-    guess = np.log(len(LABELS))
-    left.axhline(guess, color="grey", linestyle=":", label=f"guessing: ln {len(LABELS)} = {guess:.2f}")
+        left.plot(validation[column], validation.loss, "o-", color=COLOURS[1], label="validation loss")
+        right.plot(validation[column], validation.accuracy, "o-", color=COLOURS[2], label="validation accuracy")
+        right.plot(validation[column], validation.macro_f1, "s--", color=COLOURS[3], label="validation macro-F1")
+    labels = len(history["label_words"])
+    left.axhline(np.log(labels), color="grey", linestyle=":", label=f"guessing: ln {labels} = {np.log(labels):.2f}")
     left.set(xlabel=x, ylabel="loss", **({"yscale": "log"} if log else {"ylim": (0, None)}))
     right.set(xlabel=x, ylabel="score", ylim=(0, 1.02))
     if history["best_epoch"] is not None:
@@ -67,7 +65,7 @@ def reliability_diagram(tables: dict[str, pd.DataFrame]) -> Figure:
     """Accuracy against confidence, of each of `metrics.reliability`'s tables; a point's area is its share of the rows."""
     fig, (ax,) = _figure(1, width=4.6, height=3.8)
     ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="confidence = accuracy")
-    for (name, table), colour in zip(tables.items(), COLOURS.values(), strict=False):
+    for (name, table), colour in zip(tables.items(), COLOURS, strict=False):
         ax.plot(table.confidence, table.accuracy, color=colour, alpha=0.6)
         ax.scatter(table.confidence, table.accuracy, s=20 + 300 * table.rows / table.rows.sum(), color=colour, alpha=0.6, label=name)
     ax.set(xlabel="confidence: the probability of the label that was chosen", ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.05))
@@ -80,7 +78,7 @@ def reliability_diagram(tables: dict[str, pd.DataFrame]) -> Figure:
 def learning_curve(table: pd.DataFrame) -> Figure:
     """Accuracy against training rows, a line for each column of `curve.learning_curve`'s table."""
     fig, (ax,) = _figure(1, width=6, height=3.4)
-    for name, colour in zip(table.columns, COLOURS.values(), strict=False):
+    for name, colour in zip(table.columns, COLOURS, strict=False):
         ax.plot(table.index, table[name], "o-", color=colour, label=name)
     ax.set(xlabel="training rows", ylabel="accuracy on the test rows", xscale="log", xticks=table.index, ylim=(None, 1))
     ax.set_xticks(table.index, map(str, table.index), minor=False)
@@ -89,10 +87,15 @@ def learning_curve(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def probability_bars(text: str, probabilities: np.ndarray) -> Figure:
+def label_colours(labels: Sequence[str]) -> list[str]:
+    """A colour for each label; beyond seven they repeat."""
+    return [COLOURS[i % len(COLOURS)] for i in range(len(labels))]
+
+
+def probability_bars(text: str, probabilities: np.ndarray, labels: Sequence[str]) -> Figure:
     """The probability of each label for one text: the static twin of the panel's bars."""
-    fig, (ax,) = _figure(1, width=6, height=2)
-    bars = ax.barh(LABELS[::-1], probabilities[::-1], color=list(COLOURS.values())[::-1])
+    fig, (ax,) = _figure(1, width=6, height=0.8 + 0.3 * len(labels))
+    bars = ax.barh(labels[::-1], probabilities[::-1], color=label_colours(labels)[::-1])
     ax.bar_label(bars, [f"{p:.1%}" for p in probabilities[::-1]], padding=3)
     ax.set(xlim=(0, 1.12), xticks=[])
     ax.set_title(text.replace("$", r"\$"), loc="left", fontsize=9, wrap=True)

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.packing import pack, use_packed_attention
 from qlora_helpers.prompts import encode_prompts, label_token_ids
@@ -39,14 +40,14 @@ def _at_labels(causal_lm: PreTrainedModel, hidden: torch.Tensor, label_ids: list
 
 
 @torch.no_grad()
-def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int,
+def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: RunConfig,
                         progress: str | None = None, prefix: str = "", temperature: float = 1.0) -> np.ndarray:
-    """(texts, labels) float64 probabilities, each row summing to 1, in the order of `texts`.
+    """(texts, config.labels) float64 probabilities, each row summing to 1, in the order of `texts`.
     Rows are scored in order of length, in smaller batches once one has run out of memory. `progress` names a progress bar. `prefix` (see
-    `few_shot_prefix`) stands before every prompt and is read once; `max_length` does not count it. Raises ModelError if a single row runs
-    out of memory."""
-    label_ids = label_token_ids(tokenizer)
-    encoded = encode_prompts(tokenizer, list(texts), max_length, after_prefix=bool(prefix))
+    `few_shot_prefix`) stands before every prompt and is read once; `config.max_length` does not count it. Raises ModelError if a single
+    row runs out of memory."""
+    label_ids = label_token_ids(tokenizer, config.labels)
+    encoded = encode_prompts(tokenizer, list(texts), config.max_length, after_prefix=bool(prefix))
     logits = torch.empty(len(encoded), len(label_ids))
     was_training = model.training
     model.eval()

@@ -19,7 +19,7 @@ from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
-from qlora_helpers.prompts import encode_prompts, label_token_ids
+from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
 from qlora_helpers.scoring import label_logits
 from qlora_helpers.widgets import LossPanel
 from qlora_helpers.workspace import Workspace, write_text
@@ -56,7 +56,7 @@ class LabelTrainer(Trainer):
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame],
                  config: RunConfig, plan: BatchPlan, checkpoints: Path):
-        self.label_ids = label_token_ids(tokenizer)
+        self.label_words, self.label_ids = label_words(tokenizer, config.labels), label_token_ids(tokenizer, config.labels)
         self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
         self._losses = []  # of the micro-batches since the last optimizer step
         encoded = {split: datasets.Dataset.from_dict({
@@ -65,7 +65,7 @@ class LabelTrainer(Trainer):
         dtype, _ = compute_dtype()
         super().__init__(
             model=model, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=self._collate,
-            compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist()),
+            compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist(), config.labels),
             args=TrainingArguments(
                 output_dir=str(checkpoints), seed=config.seed, num_train_epochs=config.num_epochs,
                 per_device_train_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
@@ -176,7 +176,8 @@ class LabelTrainer(Trainer):
         return history
 
     def history(self, seconds: float) -> dict:
-        """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed, plan."""
+        """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed,
+        plan, label words."""
         log = self.state.log_history
         validation = [{name: e[name] for name in ("step", "epoch", "seconds")} | {name: e[f"eval_{name}"] for name in
                       ("loss", "accuracy", "macro_f1")} for e in log if "eval_loss" in e]
@@ -189,6 +190,7 @@ class LabelTrainer(Trainer):
             "skipped_steps": self.watch.skipped_steps,
             "peak_gib": self.peak_gib(),
             "plan": vars(self.plan),
+            "label_words": self.label_words,
         }
 
     def peak_gib(self) -> float | None:

@@ -10,8 +10,8 @@ import ipywidgets as ipw
 import numpy as np
 import pandas as pd
 
-from qlora_helpers.data import LABELS, clean_text
-from qlora_helpers.plots import COLOURS, X_AXES, loss_curves
+from qlora_helpers.cleaning import clean_text
+from qlora_helpers.plots import X_AXES, label_colours, loss_curves
 from qlora_helpers.workspace import Workspace
 
 
@@ -63,21 +63,21 @@ class LossPanel(ipw.VBox):
         self.picture.value = buffer.getvalue()
 
 
-def review_table(texts: Sequence[str], references: Sequence[int], probabilities: np.ndarray) -> pd.DataFrame:
+def review_table(texts: Sequence[str], references: Sequence[int], probabilities: np.ndarray, labels: Sequence[str]) -> pd.DataFrame:
     """Each row's `text`, `true` and `predicted` label, and `confidence`: the most confident first."""
-    table = pd.DataFrame({"text": list(texts), "true": [LABELS[i] for i in references],
-                          "predicted": [LABELS[i] for i in probabilities.argmax(axis=1)], "confidence": probabilities.max(axis=1)})
+    table = pd.DataFrame({"text": list(texts), "true": [labels[i] for i in references],
+                          "predicted": [labels[i] for i in probabilities.argmax(axis=1)], "confidence": probabilities.max(axis=1)})
     return table.sort_values("confidence", ascending=False, kind="stable")
 
 
 class ErrorExplorer(ipw.VBox):
     """Choose a cell of the confusion matrix and read its headlines, the most confident first. `table` comes from `review_table`."""
 
-    def __init__(self, table: pd.DataFrame, rows: int = 20):
+    def __init__(self, table: pd.DataFrame, labels: Sequence[str], rows: int = 20):
         self.table, self.rows, self.shown = table, rows, table.iloc[:0]
         counts = table.groupby(["true", "predicted"]).size()
-        self.true = ipw.Dropdown(options=LABELS, description="true")
-        self.predicted = ipw.Dropdown(options=LABELS, description="predicted")
+        self.true = ipw.Dropdown(options=labels, description="true")
+        self.predicted = ipw.Dropdown(options=labels, description="predicted")
         self.answer = ipw.HTML()
         super().__init__([ipw.HBox([self.true, self.predicted]), self.answer])
         for control in (self.true, self.predicted):
@@ -101,8 +101,9 @@ class HeadlinePanel(ipw.VBox):
     `classify` maps a list of texts to (texts, labels) probabilities. Enter or the button classifies; an empty text or a
     failure gives a message in the panel, never a traceback. `probabilities` holds the bars' values, None before the first."""
 
-    def __init__(self, classify: Callable[[list[str]], np.ndarray], examples: list[str]):
-        self.classify, self.probabilities = classify, None
+    def __init__(self, classify: Callable[[list[str]], np.ndarray], examples: Sequence[str],
+                 labels: Sequence[str]):
+        self.classify, self.labels, self.probabilities = classify, labels, None
         self.text = ipw.Text(placeholder="Type a headline and press Enter", continuous_update=False,
                              layout=ipw.Layout(width="100%"), description="Headline")
         self.button = ipw.Button(description="Classify", button_style="primary")
@@ -132,10 +133,11 @@ class HeadlinePanel(ipw.VBox):
         except Exception as error:  # in a callback, Jupyter would swallow it
             self.answer.value = f"<p>This could not be classified: {html.escape(str(error))}</p>"
             return
+        width = 1 + 0.6 * max(map(len, self.labels))
         bars = "".join(
-            f'<div style="display:flex;align-items:center;margin:3px 0"><span style="width:80px">{label}</span>'
-            f'<span style="flex:1;background:#eee"><span style="display:block;width:{p:.1%};height:16px;background:{COLOURS[label]}">'
+            f'<div style="display:flex;align-items:center;margin:3px 0"><span style="width:{width}em">{html.escape(label)}</span>'
+            f'<span style="flex:1;background:#eee"><span style="display:block;width:{p:.1%};height:16px;background:{colour}">'
             f'</span></span><span style="width:60px;text-align:right">{p:.1%}</span></div>'
-            for label, p in zip(LABELS, self.probabilities, strict=True))
-        best = LABELS[int(np.argmax(self.probabilities))]
+            for label, colour, p in zip(self.labels, label_colours(self.labels), self.probabilities, strict=True))
+        best = self.labels[int(np.argmax(self.probabilities))]
         self.answer.value = f"<b>{best}</b> in {time.perf_counter() - start:.2f} s: {html.escape(text)}{bars}"

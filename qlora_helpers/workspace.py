@@ -1,6 +1,5 @@
 """Where a run's files live, and the manifests by which one notebook trusts another's work."""
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -39,7 +38,7 @@ class Workspace:
         the config, the fingerprints of the notebooks it read from (`inputs`), package versions, and `facts`."""
         paths = [path for name in files for path in (sorted((self / name).rglob("*")) if (self / name).is_dir() else [self / name])]
         made = {path.relative_to(self.path).as_posix(): _sha256(path) for path in paths if not path.is_dir()}
-        identity = {"config": dataclasses.asdict(config), "files": made,
+        identity = {"config": json.loads(config.to_json()), "files": made,
                     "inputs": {name: self.require(name)["fingerprint"] for name in inputs}}
         manifest = {
             "notebook": notebook, **identity, **facts,
@@ -76,7 +75,7 @@ class Workspace:
     def is_current(self, notebook: str, config: RunConfig) -> bool:
         """True if `notebook` has published with this very config, and nothing it read or wrote has changed since."""
         try:
-            return self.require(notebook)["config"] == dataclasses.asdict(config)
+            return self.require(notebook)["config"] == json.loads(config.to_json())
         except WorkspaceError:
             return False
 
@@ -104,7 +103,7 @@ def open_workspace(*notebooks: str) -> tuple[Workspace, RunConfig]:
     config = RunConfig.from_json((workspace / "config.json").read_text(encoding="utf-8"))
     config.check_environment()
     for notebook in notebooks:
-        if workspace.require(notebook)["config"] != dataclasses.asdict(config):
+        if workspace.require(notebook)["config"] != json.loads(config.to_json()):
             raise WorkspaceError(f"what {notebook} wrote was made with other settings. Run notebooks/{notebook}.ipynb again.")
     return workspace, config
 

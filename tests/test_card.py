@@ -2,13 +2,14 @@ import dataclasses
 
 import yaml
 
-from qlora_helpers import model_card, scoreboard
+from qlora_helpers import LABELS, model_card, scoreboard
 
-HISTORY = {"best_epoch": 2.0, "seconds": 90.0, "plan": {"micro_batch_size": 16}}
+HISTORY = {"best_epoch": 2.0, "seconds": 90.0, "plan": {"micro_batch_size": 16},
+           "label_words": [f" {label}" for label in LABELS]}
 
 
 def test_the_card_says_what_the_adapter_is_and_what_it_reached(config):
-    table = scoreboard([0, 1, 2, 3], {"majority class": [0, 0, 0, 0], "tuned model": [0, 1, 2, 0]})
+    table = scoreboard([0, 1, 2, 3], {"majority class": [0, 0, 0, 0], "tuned model": [0, 1, 2, 0]}, LABELS)
     card = model_card(config, table, HISTORY, 1.25, "abc123")
     _, head, text = card.split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -18,6 +19,6 @@ def test_the_card_says_what_the_adapter_is_and_what_it_reached(config):
 
 
 def test_the_card_does_not_tell_where_this_machine_keeps_its_data(config, tmp_path):
-    table = scoreboard([0, 1], {"tuned model": [0, 1]})
+    table = scoreboard([0, 1], {"tuned model": [0, 1]}, LABELS)
     card = model_card(dataclasses.replace(config, data=str(tmp_path / "ag_news")), table, HISTORY, 1.0, None)
     assert str(tmp_path) not in card and "rows of ag_news" in card

@@ -9,7 +9,7 @@ from qlora_helpers.errors import ConfigError
 
 METHOD = {
     "num_epochs": 3, "effective_batch_size": 16, "warmup_ratio": 0.06, "max_grad_norm": 1.0, "max_length": 256,
-    "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "seed": 42,
+    "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "seed": 42, "labels": ("World", "Sports", "Business", "Sci/Tech"),
 }
 
 
@@ -68,7 +68,7 @@ def test_epochs_is_an_alias_of_num_epochs(monkeypatch):
     ("QLORA_BASE_MODEL", " ", r"base_model is empty: leave it out"),
     ("QLORA_TRIAN_SIZE", "9", r"QLORA_TRIAN_SIZE is not a setting. Did you mean QLORA_TRAIN_SIZE\?"),
     ("QLORA_WORKSPASE", "x", r"QLORA_WORKSPASE is not a setting. Did you mean QLORA_WORKSPACE\?"),
-    ("QLORA_DATA", "no/such/folder", r"data is '.*/no/such/folder', which is not a folder here. Give a folder that holds train.csv"),
+    ("QLORA_DATA", "no/such/folder", r"data is '.*/no/such/folder', which is not here. Give a folder that holds train.csv"),
 ])
 def test_a_bad_setting_is_named_with_its_remedy(monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)

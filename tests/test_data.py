@@ -13,7 +13,9 @@ import pandas as pd
 import pytest
 
 import qlora_helpers
-from qlora_helpers.data import LABELS, SPLITS, clean_text, draw_subset, load_rows, normalised
+from qlora_helpers.cleaning import clean_text, normalised
+from qlora_helpers.config import LABELS
+from qlora_helpers.data import SPLITS, draw_subset, load_rows
 from qlora_helpers.errors import DataError
 
 # read when the tests are collected: each of them runs without QLORA_ variables

@@ -7,6 +7,7 @@ from scipy import stats
 from scipy.special import log_softmax, softmax
 from sklearn.metrics import f1_score, log_loss
 
+from qlora_helpers.config import LABELS
 from qlora_helpers.metrics import (
     fit_temperature,
     macro_f1_interval,
@@ -25,18 +26,19 @@ def test_scores_with_a_label_that_is_never_predicted():
     f1_world = 2 * 2 / (2 + 5)  # 2 * right / (true + predicted)
     f1_sports = 2 * 1 / (2 + 2)
     f1_business = 2 * 1 / (2 + 1)
-    assert scores(predictions, references) == {"accuracy": 0.5, "macro_f1": pytest.approx((f1_world + f1_sports + f1_business + 0) / 4)}
+    macro_f1 = (f1_world + f1_sports + f1_business + 0) / 4
+    assert scores(predictions, references, LABELS) == {"accuracy": 0.5, "macro_f1": pytest.approx(macro_f1)}
 
 
 def test_macro_f1_counts_a_label_that_is_not_there_at_all():
-    assert scores([0, 1, 2], [0, 1, 2]) == {"accuracy": 1.0, "macro_f1": pytest.approx(3 / 4)}
+    assert scores([0, 1, 2], [0, 1, 2], LABELS) == {"accuracy": 1.0, "macro_f1": pytest.approx(3 / 4)}
 
 
 def test_scores_need_no_network(monkeypatch):
     def refuse(*_):
         raise AssertionError("the metric went to the network")
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    assert scores([3], [3])["accuracy"] == 1.0
+    assert scores([3], [3], LABELS)["accuracy"] == 1.0
 
 
 @pytest.mark.parametrize(("correct", "total", "low", "high"), [
@@ -54,10 +56,10 @@ def test_wilson_interval_against_the_closed_formula():
 
 
 def test_the_scoreboard_has_a_row_for_each_system():
-    table = scoreboard([0, 1, 2, 3], {"majority": [0, 0, 0, 0], "tuned": [0, 1, 2, 3]}, {"majority": 7.0})
+    table = scoreboard([0, 1, 2, 3], {"majority": [0, 0, 0, 0], "tuned": [0, 1, 2, 3]}, LABELS, {"majority": 7.0})
     assert table.index.tolist() == ["majority", "tuned"]
     low, high = wilson_interval(1, 4)
-    f1_low, f1_high = macro_f1_interval([0, 0, 0, 0], [0, 1, 2, 3])
+    f1_low, f1_high = macro_f1_interval([0, 0, 0, 0], [0, 1, 2, 3], LABELS)
     assert table.loc["majority"].to_dict() == pytest.approx(
         {"accuracy": 0.25, "low": low, "high": high, "macro_f1": 0.4 / 4, "f1_low": f1_low, "f1_high": f1_high, "p_value": 0.25,
          "rows_per_second": 7.0, "correct": 1, "rows": 4})
@@ -76,9 +78,9 @@ def test_the_bootstrap_interval_is_scipys(rows):
     predictions, references = drawn(rows, 0.8)
     expected = stats.bootstrap((predictions, references), lambda p, r: f1_score(r, p, average="macro"), paired=True, vectorized=False,
                                n_resamples=2000, method="percentile", rng=np.random.default_rng(1)).confidence_interval
-    found = macro_f1_interval(predictions, references)
+    found = macro_f1_interval(predictions, references, LABELS)
     assert found == pytest.approx((expected.low, expected.high), abs=0.15 * (expected.high - expected.low))
-    assert found == macro_f1_interval(predictions, references)
+    assert found == macro_f1_interval(predictions, references, LABELS)
 
 
 @pytest.mark.parametrize(("wins", "losses", "p_value"), [

@@ -15,13 +15,14 @@ from peft import LoraConfig
 from safetensors import safe_open
 
 import qlora_helpers
-from qlora_helpers.config import RunConfig
+from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_adapter, load_base_model, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 from qlora_helpers.scoring import label_logits, label_probabilities
 
 TEXTS = ["Rain stops play in Leeds", "Oil climbs as the port of Dhaka closes for a third week", "Browser closes eleven holes"]
+CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -93,8 +94,8 @@ def test_lora_is_attached_to_every_linear_module_as_the_config_says(adapted, con
 
 
 def test_attaching_lora_changes_no_output(base, adapted):
-    before = label_probabilities(*base, TEXTS, 256)
-    np.testing.assert_array_equal(label_probabilities(adapted, base[1], TEXTS, 256), before)
+    before = label_probabilities(*base, TEXTS, CONFIG)
+    np.testing.assert_array_equal(label_probabilities(adapted, base[1], TEXTS, CONFIG), before)
     assert all(not b.any() for b in _weights(adapted, "lora_B").values())
 
 
@@ -117,14 +118,14 @@ def test_gradients_are_right_after_an_evaluation(tiny, base, config, monkeypatch
         model.train()
         torch.manual_seed(3)  # the same dropout
         loss = torch.nn.functional.cross_entropy(
-            label_logits(model, encoded, label_token_ids(tokenizer)), torch.tensor([1, 2, 3], device=model.device))
+            label_logits(model, encoded, label_token_ids(tokenizer, LABELS)), torch.tensor([1, 2, 3], device=model.device))
         loss.backward()
         found = {name: p.grad.clone() for name, p in _weights(model, "lora_").items()}
         model.zero_grad()
         return found
 
     never_evaluated = gradients()
-    label_probabilities(model.eval(), tokenizer, TEXTS, 256)
+    label_probabilities(model.eval(), tokenizer, TEXTS, CONFIG)
     evaluated = gradients()
     assert len(evaluated) == 2 * 2 * len(LINEAR)
     for name, gradient in evaluated.items():
@@ -133,24 +134,24 @@ def test_gradients_are_right_after_an_evaluation(tiny, base, config, monkeypatch
 
 
 def test_a_saved_adapter_gives_the_same_probabilities_in_a_fresh_process(base, adapted, config, tmp_path):
-    expected = label_probabilities(_randomise_b(adapted), base[1], TEXTS, 256)
-    without = label_probabilities(*base, TEXTS, 256)
+    expected = label_probabilities(_randomise_b(adapted), base[1], TEXTS, CONFIG)
+    without = label_probabilities(*base, TEXTS, CONFIG)
     assert np.abs(expected - without).max() > 0.05  # the adapter is felt
     with adapted.disable_adapter():
-        np.testing.assert_array_equal(label_probabilities(adapted, base[1], TEXTS, 256), without)
+        np.testing.assert_array_equal(label_probabilities(adapted, base[1], TEXTS, CONFIG), without)
 
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "of_an_earlier_run").touch()
     save_adapter(adapted, config, tmp_path / "adapter")
     code = """
 import json, sys
-from qlora_helpers.config import RunConfig
+from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.modeling import load_adapter, load_base_model, load_tokenizer
 from qlora_helpers.scoring import label_probabilities
 config = RunConfig.from_environment()
 model = load_adapter(load_base_model(config), sys.argv[1])
 assert not model.training
-print("answer", json.dumps(label_probabilities(model, load_tokenizer(config), json.loads(sys.argv[2]), 256).tolist()))
+print("answer", json.dumps(label_probabilities(model, load_tokenizer(config), json.loads(sys.argv[2]), CONFIG).tolist()))
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapter"), json.dumps(TEXTS)], capture_output=True, text=True,
                           cwd=Path(qlora_helpers.__file__).parents[1], env=os.environ | {"QLORA_PROFILE": "cpu"})

@@ -128,7 +128,7 @@ def test_a_dead_kernel_is_named(tmp_path):
 @pytest.mark.parametrize(("variable", "value", "message"), [
     ("QLORA_PROFILE", "tpu", "ConfigError: profile is 'tpu': choose 't4'"),
     ("QLORA_EPOCHS", "0", "ConfigError: num_epochs is 0: it must be at least 1."),
-    ("QLORA_DATA", "no/such/folder", "which is not a folder here. Give a folder that holds train.csv and test.csv"),
+    ("QLORA_DATA", "no/such/folder", "which is not here. Give a folder that holds train.csv and test.csv"),
 ])
 def test_a_bad_setting_stops_before_any_kernel(tmp_path, variable, value, message):
     result = run_all(**{"QLORA_WORKSPACE": str(tmp_path), variable: value})

@@ -14,6 +14,7 @@ HISTORY = {
                    {"step": 10, "seconds": 66.0, "epoch": 1.0, "loss": 0.8, "accuracy": 0.7, "macro_f1": 0.7},
                    {"step": 20, "seconds": 156.0, "epoch": 2.0, "loss": 0.9, "accuracy": 0.6, "macro_f1": 0.5}],
     "best_epoch": 1.0,
+    "label_words": [" A", " B", " C", " D"],
 }
 
 
@@ -42,12 +43,12 @@ def test_loss_curves_over_steps_and_minutes_smoothed_logarithmic_and_beside_anot
 
 def test_loss_curves_of_a_training_that_has_just_begun():
     for validation in ([], HISTORY["validation"][:1]):
-        left, _ = plots.loss_curves({"train": [], "validation": validation, "best_epoch": None}).axes
+        left, _ = plots.loss_curves(HISTORY | {"train": [], "validation": validation, "best_epoch": None}).axes
         assert ("validation loss" in lines(left)) == bool(validation)
 
 
 def test_scoreboard_bars():
-    table = scoreboard([0, 1, 2, 3], {"one": [0, 0, 0, 0], "two": [0, 1, 2, 0]})
+    table = scoreboard([0, 1, 2, 3], {"one": [0, 0, 0, 0], "two": [0, 1, 2, 0]}, LABELS)
     (ax,) = plots.scoreboard_bars(table).axes
     bars = [bar.get_width() for bar in ax.patches]
     assert bars == [0.75, 0.25]
@@ -55,8 +56,8 @@ def test_scoreboard_bars():
 
 
 def test_probability_bars():
-    (ax,) = plots.probability_bars("A $5 headline", np.array([0.1, 0.2, 0.3, 0.4])).axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == LABELS[::-1]
+    (ax,) = plots.probability_bars("A $5 headline", np.array([0.1, 0.2, 0.3, 0.4]), LABELS).axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(LABELS[::-1])
     assert [bar.get_width() for bar in ax.patches] == [0.4, 0.3, 0.2, 0.1]
 
 

@@ -6,9 +6,9 @@ import pytest
 from transformers import LlamaTokenizerFast
 
 from qlora_helpers import prompts
-from qlora_helpers.data import LABELS
+from qlora_helpers.config import LABELS
 from qlora_helpers.errors import ModelError
-from qlora_helpers.prompts import build_prompt, encode_prompts, label_token_ids
+from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids, label_words
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_the_tokens_of_a_prompt(tokenizer):
 
 
 def test_the_label_tokens(tokenizer):
-    assert label_token_ids(tokenizer) == [2260, 15278, 8460, 2528]
+    assert label_token_ids(tokenizer, LABELS) == [2260, 15278, 8460, 2528]
     assert tokenizer.convert_ids_to_tokens([2260, 15278, 8460, 2528]) == ["ĠWorld", "ĠSports", "ĠBusiness", "ĠSci"]
 
 
@@ -41,21 +41,26 @@ def test_the_label_tokens_of_mistral(tmp_path):
     shipped = Path(importlib.util.find_spec("mistral_common").origin).parent / "data" / "tokenizer.model.v1"
     shutil.copy(shipped, tmp_path / "tokenizer.model")
     tokenizer = LlamaTokenizerFast.from_pretrained(tmp_path)
-    assert label_token_ids(tokenizer) == [3304, 13184, 7711, 6989]
+    assert label_token_ids(tokenizer, LABELS) == [3304, 13184, 7711, 6989]
     assert encode_prompts(tokenizer, ["Rain stops play"], 256)[0][-6:] == [17774, 15892, 1156, 13, 25462, 28747]
 
 
-def test_label_words_with_one_first_token_are_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(prompts, "LABEL_WORDS", [" World", " Sports", " World news", " Sci/Tech"])
-    with pytest.raises(ModelError, match="' World' and ' World news' both begin with the token 'ĠWorld': choose words that differ"):
-        label_token_ids(tokenizer)
+def test_labels_that_begin_with_one_token_become_letters(tokenizer):
+    assert label_words(tokenizer, LABELS) == [" World", " Sports", " Business", " Sci/Tech"]
+    assert label_words(tokenizer, ["World", "Sports", "World news"]) == [" A", " B", " C"]
+    ids = label_token_ids(tokenizer, [f"talk.{i}" for i in range(26)])
+    assert tokenizer.convert_ids_to_tokens(ids) == [f"Ġ{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+
+
+def test_solved_examples_end_in_their_label_word_and_a_long_one_is_cut():
+    assert few_shot_prefix(["Rain stops play", "one " * 100], [" Sports", " B"]) == (
+        "Rain stops play\nTopic: Sports\n\n" + " ".join(["one"] * 60) + "\nTopic: B\n\n")
 
 
 def test_a_template_that_ends_in_a_space_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(prompts, "TEMPLATE", "{text}\nTopic: ")
-    monkeypatch.setattr(prompts, "LABEL_WORDS", LABELS)  # the space moved from the words to the template
     with pytest.raises(ModelError, match="joins the end of the prompt and the label word 'World' into one token: change TEMPLATE"):
-        label_token_ids(tokenizer)
+        prompts._first_tokens(tokenizer, ["World", "Sports"])  # the space moved from the words to the template
 
 
 def test_a_text_that_is_too_long_keeps_its_beginning_and_the_end_of_the_prompt(tokenizer):

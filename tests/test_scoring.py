@@ -7,6 +7,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from qlora_helpers import scoring
+from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import ModelError
 from qlora_helpers.metrics import with_temperature
@@ -15,6 +16,7 @@ from qlora_helpers.packing import use_packed_attention
 from qlora_helpers.prompts import encode_prompts, few_shot_prefix, label_token_ids
 from qlora_helpers.scoring import label_logits, label_probabilities, length_batches
 
+CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 TEXTS = [
     "Rain stops play",
     "Parliament in Dhaka votes on Thursday after three weeks of strikes that closed the port and emptied its streets of buses",
@@ -44,7 +46,7 @@ def _encode(tokenizer, texts):
 @torch.no_grad()
 def test_label_logits_are_the_full_models_logits_of_the_next_token(exact):
     model, tokenizer = exact
-    ids = label_token_ids(tokenizer)
+    ids = label_token_ids(tokenizer, LABELS)
     expected = torch.stack([model(input_ids=torch.tensor([tokens], device=model.device)).logits[0, -1, ids]
                             for tokens in encode_prompts(tokenizer, TEXTS, 256)])
     torch.testing.assert_close(label_logits(model, _encode(tokenizer, TEXTS), ids), expected, atol=2e-4, rtol=0)
@@ -53,59 +55,59 @@ def test_label_logits_are_the_full_models_logits_of_the_next_token(exact):
 def test_one_row_at_a_time_gives_what_a_batch_gives(base):
     model, tokenizer = base
     tolerance = 1e-5 if compute_dtype()[0] == torch.float32 else 0.02
-    together = label_probabilities(model, tokenizer, TEXTS, 256)
-    alone = np.concatenate([label_probabilities(model, tokenizer, [text], 256) for text in TEXTS])
+    together = label_probabilities(model, tokenizer, TEXTS, CONFIG)
+    alone = np.concatenate([label_probabilities(model, tokenizer, [text], CONFIG) for text in TEXTS])
     np.testing.assert_allclose(together, alone, atol=tolerance, rtol=0)
 
 
 def test_probabilities_are_a_softmax_over_the_labels_in_the_order_of_the_texts(exact, small_batches):
     model, tokenizer = exact
     with torch.no_grad():
-        logits = label_logits(model, _encode(tokenizer, TEXTS), label_token_ids(tokenizer)).double().cpu()
-    probabilities = label_probabilities(model, tokenizer, TEXTS, 256)
+        logits = label_logits(model, _encode(tokenizer, TEXTS), label_token_ids(tokenizer, LABELS)).double().cpu()
+    probabilities = label_probabilities(model, tokenizer, TEXTS, CONFIG)
     assert probabilities.dtype == np.float64
     np.testing.assert_allclose(probabilities, (logits.exp() / logits.exp().sum(1, keepdim=True)).numpy(), atol=1e-5)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-9, rtol=0)
     order = [3, 0, 4, 2, 1]
-    shuffled = label_probabilities(model, tokenizer, [TEXTS[i] for i in order], 256)
+    shuffled = label_probabilities(model, tokenizer, [TEXTS[i] for i in order], CONFIG)
     np.testing.assert_allclose(shuffled, probabilities[order], atol=1e-5)
     assert len(np.unique(probabilities.round(3), axis=0)) == len(TEXTS)  # else no order could be seen
 
 
 def test_an_over_long_text_is_scored_at_its_prompts_end(exact):
     model, tokenizer = exact
-    [ids] = encode_prompts(tokenizer, [" ".join(TEXTS) * 40], 48)
+    [ids] = encode_prompts(tokenizer, [" ".join(TEXTS) * 40], dataclasses.replace(CONFIG, max_length=48))
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1, label_token_ids(tokenizer)].double().cpu()
-    found = label_probabilities(model, tokenizer, [" ".join(TEXTS) * 40], 48)
+        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1, label_token_ids(tokenizer, LABELS)].double().cpu()
+    found = label_probabilities(model, tokenizer, [" ".join(TEXTS) * 40], dataclasses.replace(CONFIG, max_length=48))
     np.testing.assert_allclose(found[0], logits.softmax(-1).numpy(), atol=1e-5)
 
 
 def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(exact, small_batches):
     model, tokenizer = exact
-    prefix = few_shot_prefix(["Keeper saves twice", "Oil climbs as ports close"], [1, 2])
+    prefix = few_shot_prefix(["Keeper saves twice", "Oil climbs as ports close"], [" Sports", " Business"])
     assert prefix == "Keeper saves twice\nTopic: Sports\n\nOil climbs as ports close\nTopic: Business\n\n"
-    found = label_probabilities(model, tokenizer, TEXTS, 256, prefix=prefix)
-    ids = label_token_ids(tokenizer)
+    found = label_probabilities(model, tokenizer, TEXTS, CONFIG, prefix=prefix)
+    ids = label_token_ids(tokenizer, LABELS)
     for row, prompt in zip(found, _encode(tokenizer, TEXTS), strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([tokenizer(prefix).input_ids + prompt])).logits[0, -1, ids].double()
         np.testing.assert_allclose(row, logits.softmax(-1).numpy(), atol=1e-5)
-    plain = label_probabilities(model, tokenizer, TEXTS, 256)
+    plain = label_probabilities(model, tokenizer, TEXTS, CONFIG)
     assert abs(found - plain).max() > 0.05
-    np.testing.assert_array_equal(label_probabilities(model, tokenizer, TEXTS, 256), plain)  # nothing of the examples is left
+    np.testing.assert_array_equal(label_probabilities(model, tokenizer, TEXTS, CONFIG), plain)  # nothing of the examples is left
 
 
 def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(tiny, base, config):
     run = dataclasses.replace(config, base_model=tiny)
-    expected = label_probabilities(load_base_model(run), base[1], TEXTS, 256)
+    expected = label_probabilities(load_base_model(run), base[1], TEXTS, CONFIG)
     model = attach_lora(load_base_model(run), LoraConfig(target_modules="all-linear", lora_dropout=0.5), seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    assert abs(label_probabilities(model, base[1], TEXTS, 256) - expected).max() > 0.1
+    assert abs(label_probabilities(model, base[1], TEXTS, CONFIG) - expected).max() > 0.1
     with model.disable_adapter():
-        np.testing.assert_allclose(label_probabilities(model, base[1], TEXTS, 256), expected, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(label_probabilities(model, base[1], TEXTS, CONFIG), expected, atol=1e-6, rtol=0)
 
 
 def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(base, monkeypatch):
@@ -120,20 +122,20 @@ def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(base, mon
             return real(model, rows, label_ids)
         return logits
     monkeypatch.setattr(scoring, "label_logits", limited(6))
-    np.testing.assert_allclose(label_probabilities(*base, texts, 64), expected, atol=1e-5)
+    np.testing.assert_allclose(label_probabilities(*base, texts, dataclasses.replace(CONFIG, max_length=64)), expected, atol=1e-5)
     assert sizes == [23, 11, 5, 6, 6, 6]
     monkeypatch.setattr(scoring, "label_logits", limited(0))
     with pytest.raises(ModelError, match="QLORA_MAX_LENGTH"):
-        label_probabilities(*base, texts, 64)
+        label_probabilities(*base, texts, dataclasses.replace(CONFIG, max_length=64))
 
 
 def test_a_temperature_divides_the_logits(base):
-    once = label_probabilities(*base, TEXTS, 256)
-    np.testing.assert_allclose(label_probabilities(*base, TEXTS, 256, temperature=2.5), with_temperature(once, 2.5), atol=1e-12)
+    once = label_probabilities(*base, TEXTS, CONFIG)
+    np.testing.assert_allclose(label_probabilities(*base, TEXTS, CONFIG, temperature=2.5), with_temperature(once, 2.5), atol=1e-12)
 
 
 def test_no_text_gives_no_row(base):
-    assert label_probabilities(*base, [], 256).shape == (0, 4)
+    assert label_probabilities(*base, [], CONFIG).shape == (0, 4)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -143,9 +145,9 @@ def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_was(tiny, base, config
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    expected = label_probabilities(model.eval(), base[1], TEXTS, 256)
+    expected = label_probabilities(model.eval(), base[1], TEXTS, CONFIG)
     model.train(training)
-    np.testing.assert_array_equal(label_probabilities(model, base[1], TEXTS, 256), expected)
+    np.testing.assert_array_equal(label_probabilities(model, base[1], TEXTS, CONFIG), expected)
     assert {module.training for module in model.modules()} == {training}
 
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 from qlora_helpers import training
 from qlora_helpers.batching import BatchPlan, decoder_layers
-from qlora_helpers.data import LABELS
+from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model
 from qlora_helpers.scoring import label_logits, label_probabilities
@@ -17,6 +17,7 @@ from qlora_helpers.training import LabelTrainer
 from qlora_helpers.widgets import LossPanel
 from qlora_helpers.workspace import Workspace, write_text
 
+CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 SENTENCE = "rain stops play as the port of Dhaka closes and oil climbs while a browser written by volunteers mends its holes"
 
 
@@ -118,7 +119,7 @@ def test_the_validation_loss_is_that_of_the_scored_labels(trained, base):
     """Training and evaluation agree on the prompt, on the label tokens and on their order."""
     trainer, history, _ = trained(num_epochs=1)
     validation = SUBSET["validation"]
-    probabilities = torch.tensor(label_probabilities(trainer.model, base[1], validation.text.tolist(), 256))
+    probabilities = torch.tensor(label_probabilities(trainer.model, base[1], validation.text.tolist(), CONFIG))
     expected = torch.nn.functional.nll_loss(probabilities.log(), torch.tensor(validation.label)).item()
     tolerance = 1e-4 if compute_dtype()[0] == torch.float32 else 0.03
     assert history["validation"][-1]["loss"] == pytest.approx(expected, abs=tolerance)
@@ -151,7 +152,8 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, base, workspace, 
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json"]
     texts = SUBSET["validation"].text.tolist()
     loaded = load_adapter(load_base_model(trainer.config), run / "adapter")
-    np.testing.assert_array_equal(label_probabilities(loaded, base[1], texts, 256), label_probabilities(trainer.model, base[1], texts, 256))
+    expected = label_probabilities(trainer.model, base[1], texts, CONFIG)
+    np.testing.assert_array_equal(label_probabilities(loaded, base[1], texts, CONFIG), expected)
 
     again = prepared(num_epochs=1)
     assert again.fit(run) == history

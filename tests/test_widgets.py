@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from qlora_helpers import LABELS, ErrorExplorer, HeadlinePanel, LossPanel, Workspace, label_probabilities, review_table
+from qlora_helpers import LABELS, ErrorExplorer, HeadlinePanel, LossPanel, RunConfig, Workspace, label_probabilities, review_table
+from qlora_helpers.config import PROFILES
 
+CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
 
 
 @pytest.fixture
 def panel(base):
-    return HeadlinePanel(lambda texts: label_probabilities(*base, texts, 256), EXAMPLES)
+    return HeadlinePanel(lambda texts: label_probabilities(*base, texts, CONFIG), EXAMPLES, LABELS)
 
 
 def shown(panel) -> list[float]:
@@ -26,14 +28,14 @@ def shown(panel) -> list[float]:
 
 def test_starts_with_the_first_example_classified(panel, base):
     assert panel.text.value == EXAMPLES[0]
-    np.testing.assert_allclose(panel.probabilities, label_probabilities(*base, EXAMPLES[:1], 256)[0], atol=1e-6)
+    np.testing.assert_allclose(panel.probabilities, label_probabilities(*base, EXAMPLES[:1], CONFIG)[0], atol=1e-6)
     assert f"<b>{LABELS[panel.probabilities.argmax()]}</b>" in panel.answer.value
 
 
 def test_shows_a_bar_for_each_label_and_they_sum_to_one(panel):
     assert sum(panel.probabilities) == pytest.approx(1, abs=1e-9)
     assert shown(panel) == [round(100 * p, 1) for p in panel.probabilities]
-    assert re.findall(r"width:80px\">([^<]+)<", panel.answer.value) == LABELS
+    assert re.findall(r"width:[\d.]+em\">([^<]+)<", panel.answer.value) == list(LABELS)
 
 
 def test_enter_button_and_examples_classify(panel):
@@ -64,7 +66,7 @@ def test_a_failure_is_told_in_the_panel():
     def fail(texts):
         raise RuntimeError("out of <memory>")
 
-    panel = HeadlinePanel(fail, EXAMPLES)
+    panel = HeadlinePanel(fail, EXAMPLES, LABELS)
     assert panel.answer.value == "<p>This could not be classified: out of &lt;memory&gt;</p>"
     assert panel.probabilities is None
 
@@ -72,9 +74,9 @@ def test_a_failure_is_told_in_the_panel():
 def test_the_error_explorer_shows_a_cell_of_the_confusion_matrix():
     texts = ["one", "two <b>", "three", "four", "five", "six"]
     probabilities = np.array([[.9, .1, 0, 0], [.2, .7, .1, 0], [0, .8, .2, 0], [.3, .6, .1, 0], [0, 0, 1, 0], [.6, 0, .4, 0]])
-    table = review_table(texts, [0, 0, 0, 1, 2, 2], probabilities)
+    table = review_table(texts, [0, 0, 0, 1, 2, 2], probabilities, LABELS)
     assert table.text.tolist() == ["five", "one", "three", "two <b>", "four", "six"]
-    explorer = ErrorExplorer(table, rows=2)
+    explorer = ErrorExplorer(table, LABELS, rows=2)
     assert (explorer.true.value, explorer.predicted.value) == ("World", "Sports")  # where most errors are
     assert explorer.shown.text.tolist() == ["three", "two <b>"]
     assert "2 of 6 rows" in explorer.answer.value and "70.0%" in explorer.answer.value and "two &lt;b&gt;" in explorer.answer.value
@@ -82,7 +84,7 @@ def test_the_error_explorer_shows_a_cell_of_the_confusion_matrix():
     assert explorer.shown.empty and "0 of 6 rows" in explorer.answer.value
     explorer.predicted.value = "World"
     assert explorer.shown.text.tolist() == ["six"]
-    without_errors = ErrorExplorer(review_table(["one"], [0], probabilities[:1]))
+    without_errors = ErrorExplorer(review_table(["one"], [0], probabilities[:1], LABELS), LABELS)
     assert without_errors.shown.text.tolist() == ["one"]
 
 
@@ -90,7 +92,7 @@ def history(losses: list[float]) -> dict:
     return {"train": [{"step": i + 1, "seconds": 60.0 * i, "epoch": (i + 1) / 2, "loss": loss} for i, loss in enumerate(losses)],
             "validation": [{"step": 2 * i, "seconds": 120.0 * i, "epoch": float(i), "loss": 2 - i, "accuracy": i / 2, "macro_f1": i / 3}
                            for i in range(2)],
-            "best_epoch": 1.0, "seconds": 120.0, "rows_per_second": 2.5}
+            "label_words": [" A", " B"], "best_epoch": 1.0, "seconds": 120.0, "rows_per_second": 2.5}
 
 
 @pytest.fixture

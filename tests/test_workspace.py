@@ -30,7 +30,7 @@ def _set_up(run, config):
 
 def test_published_work_is_found_again(run, config):
     manifest = run.require("03_qlora_training")
-    assert manifest["config"] == dataclasses.asdict(config)
+    assert manifest["config"] == json.loads(config.to_json())
     assert manifest["best_epoch"] == 2
     assert list(manifest["files"]) == ["adapter/weights", "training.json"]
     # printf AB | sha256sum

@@ -1,0 +1,94 @@
+"""Rows from CSV files: AG News' own layout, or any texts with their labels."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from qlora_helpers.cleaning import clean_text, normalised
+from qlora_helpers.errors import DataError
+
+MOST_LABELS = 26  # as there are letters to ask for
+_AG_NEWS = 'AG News\' layout is class (1 to 4), title, description, without a header: "3","Title","Description"'
+_LABELLED = "A labelled CSV begins with the header text,label and has one row for each text"
+
+
+def is_labelled_csv(data: str) -> bool:
+    """Whether `data` (RunConfig.data) names one file with a header and any labels, rather than a folder in AG News' layout."""
+    return Path(data).suffix.lower() == ".csv"
+
+
+def read_ag_news_csv(path: Path) -> pd.DataFrame:
+    """The rows of a file in AG News' layout: `raw` (title and description) and `label` (0 to 3).
+    Raises DataError that names the file, the row and the remedy."""
+    rows = []
+    for number, row in _lines(path, f"QLORA_DATA names a folder with train.csv and test.csv. {_AG_NEWS}"):
+        if len(row) != 3:
+            raise DataError(f"{path}, row {number}: {len(row)} column{'s' * (len(row) != 1)} instead of 3. {_AG_NEWS}.")
+        if row[0].strip() not in {"1", "2", "3", "4"}:
+            raise DataError(f"{path}, row {number}: class {row[0]!r} is not 1 (World), 2 (Sports), 3 (Business) or 4 (Sci/Tech).")
+        if not clean_text(f"{row[1]} {row[2]}"):
+            raise DataError(f"{path}, row {number}: title and description are both empty. Remove the row.")
+        rows.append((f"{row[1]} {row[2]}", int(row[0]) - 1))
+    if not rows:
+        raise DataError(f"{path} has no rows. {_AG_NEWS}.")
+    return pd.DataFrame(rows, columns=["raw", "label"])
+
+
+def read_labelled_csv(path: Path) -> pd.DataFrame:
+    """The rows of a file with the columns `text` and `label` (others are ignored): `raw` and `label`, an index into
+    `attrs["labels"]`, the label names in alphabetical order. Rows without a text and copies of an earlier row, by its words, are left out;
+    `attrs["left_out"]` counts them. Raises DataError that names the file, the row or label, and the remedy."""
+    lines = _lines(path, _LABELLED)
+    _, header = next(lines, (1, []))
+    columns = [name.strip().lower() for name in header]
+    for name in ("text", "label"):
+        if columns.count(name) != 1:
+            raise DataError(f"{path}: the first row is {','.join(header)[:80]!r} and does not name one column {name!r}. {_LABELLED}.")
+    rows, seen, left_out = [], set(), {"without a text": 0, "copies": 0}
+    for number, row in lines:
+        if len(row) != len(header):
+            raise DataError(f"{path}, row {number}: {len(row)} column{'s' * (len(row) != 1)}, but the header names {len(header)}. Put "
+                            "double quotes around a text that holds a comma.")
+        text, label = row[columns.index("text")], clean_text(row[columns.index("label")])
+        words = normalised(text)
+        if not words:
+            left_out["without a text"] += 1
+        elif not label:
+            raise DataError(f"{path}, row {number}: there is no label. Give it one, or remove the row.")
+        elif words in seen:
+            left_out["copies"] += 1
+        else:
+            seen.add(words)
+            rows.append((text, label))
+    table = pd.DataFrame(rows, columns=["raw", "label"])
+    counts = table.label.value_counts().sort_index()
+    if not 2 <= len(counts) <= MOST_LABELS:
+        raise DataError(f"{path} has {len(counts)} label{'s' * (len(counts) != 1)} ({', '.join(map(repr, counts.index[:3]))}"
+                        f"{', ...' * (len(counts) > 3)}): 2 to {MOST_LABELS} can be told apart. Look whether `label` is the right column.")
+    if rare := counts.index[counts < 2].tolist():
+        raise DataError(f"{path}: {', '.join(map(repr, rare))} {'have' if len(rare) > 1 else 'has'} a single row (copies are not counted), "
+                        "and a label needs one to train on and one to test on. Add rows of it, or remove it.")
+    table.label = table.label.map({name: i for i, name in enumerate(counts.index)})
+    table.attrs.update(labels=tuple(counts.index), left_out=left_out)
+    return table
+
+
+def _lines(path: Path, layout: str) -> Iterator[tuple[int, list[str]]]:
+    """Number and columns of each row that is not blank."""
+    number = 0
+    try:
+        with io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="") as file:
+            for number, row in enumerate(csv.reader(file, strict=True), start=1):
+                if row:
+                    yield number, row
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there. {layout}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8, for example: iconv -f latin1 -t utf-8.") from error
+    except csv.Error as error:
+        raise DataError(f"{path}, after row {number}: not valid CSV ({error}). {layout}.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error

@@ -1,0 +1,131 @@
+"""Any labelled CSV: read, split, drawn, and through all five notebooks."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from qlora_helpers.config import RunConfig
+from qlora_helpers.csv_rows import read_labelled_csv
+from qlora_helpers.data import SPLITS, draw_subset, load_rows
+from qlora_helpers.errors import ConfigError, DataError
+
+TEN = ["sci.space", "sci.med", "sci.crypt", "talk.guns", "talk.religion", "rec.autos", "rec.hockey", "comp.windows", "comp.mac", "alt.misc"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, header=("text", "label"), name="rows.csv") -> Path:
+        with open(tmp_path / name, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([header, *rows])
+        return tmp_path / name
+    return write
+
+
+def ten_labels(each: int = 12) -> list[tuple[str, str]]:
+    return [(f"{label.replace('.', ' ')} story {i} about {'very ' * (i % 4)}many things", label) for i in range(each) for label in TEN]
+
+
+def test_labels_texts_and_what_was_left_out(write):
+    rows = read_labelled_csv(write([("Rain, \"heavy\"\nall day", "weather"), ("", "weather"), ("rain HEAVY all-day!", "sport"),
+                                    ("Goal", " sport "), ("\x00 \t", "sport"), ("Sun", "weather"), ("Save", "sport")]))
+    assert rows.attrs == {"labels": ("sport", "weather"), "left_out": {"without a text": 2, "copies": 1}}
+    assert rows.to_numpy().tolist() == [["Rain, \"heavy\"\nall day", 1], ["Goal", 0], ["Sun", 1], ["Save", 0]]
+
+
+def test_columns_may_stand_in_any_order_beside_others(write):
+    rows = read_labelled_csv(write([(1, "b", "one"), (2, "a", "two"), (3, "a", "three"), (4, "b", "four")], header=("id", "Label", "TEXT")))
+    assert rows.to_numpy().tolist() == [["one", 1], ["two", 0], ["three", 0], ["four", 1]]
+
+
+@pytest.mark.parametrize(("rows", "header", "message"), [
+    ([], ("text", "label"), "has 0 labels"),
+    ([("a", "x"), ("b", "x")], ("text", "label"), r"has 1 label \('x'\): 2 to 26 can be told apart"),
+    ([(f"text {i}", f"label {i // 2}") for i in range(54)], ("text", "label"), r"has 27 labels \('label 0', 'label 1', 'label 10', ...\)"),
+    ([("a", "x"), ("b", "x"), ("c", "y")], ("text", "label"), "'y' has a single row .* Add rows of it, or remove it"),
+    ([("a", "x"), ("b", "x"), ("c", "y"), ("C!", "y"), ("d", "z")], ("text", "label"), "'y', 'z' have a single row"),
+    ([("a", "x"), ("b", "")], ("text", "label"), "row 3: there is no label"),
+    ([("a", "x"), ("b", "x", "c")], ("text", "label"), "row 3: 3 columns, but the header names 2. Put double quotes"),
+    ([("a", "x")], ("headline", "label"), "the first row is 'headline,label' and does not name one column 'text'. A labelled"),
+    ([("a", "x", "b")], ("text", "label", "text"), "does not name one column 'text'"),
+])
+def test_a_file_that_cannot_be_used_is_named_with_the_remedy(write, rows, header, message):
+    path = write(rows, header)
+    with pytest.raises(DataError, match=message) as error:
+        read_labelled_csv(path)
+    assert str(path) in str(error.value)
+    with pytest.raises(DataError, match=message):  # before anything else is done
+        RunConfig.from_environment(data=str(path))
+
+
+def test_a_file_that_is_not_utf8_or_not_there(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes("text,label\ncaf\u00e9,x\n".encode("latin1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        RunConfig.from_environment(data=str(path))
+    with pytest.raises(ConfigError, match="is not here. Give a folder .* or a CSV file with the header text,label"):
+        RunConfig.from_environment(data=str(tmp_path / "none.csv"))
+
+
+def test_the_sizes_are_what_the_file_can_fill(write):
+    config = RunConfig.from_environment(data=str(write(ten_labels())))
+    assert config.labels == tuple(sorted(TEN))
+    assert (config.train_size, config.validation_size, config.test_size) == (84, 12, 24)
+    large = RunConfig.from_environment(data=str(write(ten_labels(100))))
+    assert (large.train_size, large.validation_size, large.test_size) == (280, 40, 80)
+    chosen = RunConfig.from_environment(data=str(write(ten_labels())), train_size=30, test_size=40)
+    assert (chosen.train_size, chosen.validation_size, chosen.test_size) == (30, 12, 40)
+    with pytest.raises(DataError, match="has 120 rows to use .* ask for 132: lower QLORA_TRAIN_SIZE"):
+        load_rows(RunConfig.from_environment(data=str(write(ten_labels())), train_size=80, test_size=40))
+
+
+def test_the_splits_share_no_row_and_keep_the_frequencies(write):
+    rows = [(f"{label} {i}", label) for label, count in (("common", 60), ("less", 28), ("rare", 2)) for i in range(count)]
+    config = RunConfig.from_environment(data=str(write(rows)))
+    assert (config.train_size, config.validation_size, config.test_size) == (63, 9, 18)
+    subset = draw_subset(load_rows(config), config)
+    texts = [text for split in SPLITS for text in subset[split].text]
+    assert sorted(texts) == sorted(text for text, _ in rows)  # each once
+    counts = {split: Counter(config.labels[label] for label in subset[split].label) for split in SPLITS}
+    assert counts == {"test": {"common": 12, "less": 5, "rare": 1}, "validation": {"common": 6, "less": 3},
+                      "train": {"common": 42, "less": 20, "rare": 1}}
+    for split in SPLITS:
+        assert all(text.startswith(config.labels[label]) for text, label in subset[split].itertuples(index=False))
+    again = draw_subset(load_rows(config), config)
+    assert all(subset[split].equals(again[split]) for split in SPLITS)
+
+
+def test_other_labels_than_at_setup_are_refused(write):
+    config = RunConfig.from_environment(data=str(write([("a", "x"), ("b", "x"), ("c", "y"), ("d", "y")])))
+    write([("a", "x"), ("b", "x"), ("c", "z"), ("d", "z")])
+    with pytest.raises(DataError, match="labels x, z now, .* run notebooks/01_setup.ipynb again"):
+        load_rows(config)
+
+
+def test_ten_labels_that_begin_alike_and_hostile_texts_go_through_the_five_notebooks(write, tiny, tmp_path):
+    """With a random model: what is shown is that nothing breaks on the way and that every row is answered for."""
+    hostile = [("word " * 4000, "sci.space"), ("\U0001f680\U0001f469\u200d\U0001f680 liftoff \U0001f680", "sci.space"), ("", "sci.med"),
+               ("\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd \u0645\u0631\u062d\u0628\u0627", "talk.religion"),
+               ("<script>alert(1)</script> $5 _of_ {text} \\n Topic: rec.autos", "comp.windows"), ("NUL \x00 and \x1b[31m", "comp.mac")]
+    assert len(hostile[0][0]) == 20_000
+    path = write(ten_labels() + hostile)
+    environment = os.environ | {"QLORA_DATA": str(path), "QLORA_BASE_MODEL": tiny, "QLORA_EPOCHS": "1", "QLORA_MAX_LENGTH": "64",
+                                "QLORA_WORKSPACE": str(tmp_path / "run")}
+    result = subprocess.run([sys.executable, Path(__file__).parents[1] / "notebooks" / "run_all.py"], env=environment, capture_output=True,
+                            text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-3000:]
+    board = json.loads((tmp_path / "run" / "metrics.json").read_text())["scoreboard"]
+    assert board["tuned model"]["rows"] == 25 and "base model, 10 examples" in board
+    rows = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
+    for label in TEN:
+        assert rows[f"tuned model: P({label})"].between(0, 1).all()
+    shown = (tmp_path / "run" / "notebooks" / "02_data_subset.ipynb").read_text()
+    assert "rows left out, without a text: 1" in shown and "Two labels begin with the same token" in shown
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert '" A" (alt.misc), " B" (comp.mac)' in card and "AG News" not in card
