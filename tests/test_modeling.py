@@ -151,7 +151,7 @@ from qlora_helpers.scoring import label_probabilities
 config = RunConfig.from_environment()
 model = load_adapter(load_base_model(config), sys.argv[1])
 assert not model.training
-print("answer", json.dumps(label_probabilities(model, load_tokenizer(config), json.loads(sys.argv[2]), CONFIG).tolist()))
+print("answer", json.dumps(label_probabilities(model, load_tokenizer(config), json.loads(sys.argv[2]), config).tolist()))
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapter"), json.dumps(TEXTS)], capture_output=True, text=True,
                           cwd=Path(qlora_helpers.__file__).parents[1], env=os.environ | {"QLORA_PROFILE": "cpu"})

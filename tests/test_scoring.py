@@ -76,7 +76,7 @@ def test_probabilities_are_a_softmax_over_the_labels_in_the_order_of_the_texts(e
 
 def test_an_over_long_text_is_scored_at_its_prompts_end(exact):
     model, tokenizer = exact
-    [ids] = encode_prompts(tokenizer, [" ".join(TEXTS) * 40], dataclasses.replace(CONFIG, max_length=48))
+    [ids] = encode_prompts(tokenizer, [" ".join(TEXTS) * 40], 48)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1, label_token_ids(tokenizer, LABELS)].double().cpu()
     found = label_probabilities(model, tokenizer, [" ".join(TEXTS) * 40], dataclasses.replace(CONFIG, max_length=48))
@@ -112,7 +112,8 @@ def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(t
 
 def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(base, monkeypatch):
     texts = [f"{i} goals " * (1 + i % 5) for i in range(23)]
-    expected, real, sizes = label_probabilities(*base, texts, 64), scoring.label_logits, []
+    short = dataclasses.replace(CONFIG, max_length=64)
+    expected, real, sizes = label_probabilities(*base, texts, short), scoring.label_logits, []
 
     def limited(limit):
         def logits(model, rows, label_ids):
@@ -122,11 +123,11 @@ def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(base, mon
             return real(model, rows, label_ids)
         return logits
     monkeypatch.setattr(scoring, "label_logits", limited(6))
-    np.testing.assert_allclose(label_probabilities(*base, texts, dataclasses.replace(CONFIG, max_length=64)), expected, atol=1e-5)
+    np.testing.assert_allclose(label_probabilities(*base, texts, short), expected, atol=1e-5)
     assert sizes == [23, 11, 5, 6, 6, 6]
     monkeypatch.setattr(scoring, "label_logits", limited(0))
     with pytest.raises(ModelError, match="QLORA_MAX_LENGTH"):
-        label_probabilities(*base, texts, dataclasses.replace(CONFIG, max_length=64))
+        label_probabilities(*base, texts, short)
 
 
 def test_a_temperature_divides_the_logits(base):
