@@ -20,5 +20,5 @@ def clean_text(raw: str) -> str:
 
 def normalised(text: str) -> str:
     """`text` by its words alone, without case, punctuation and space: what a copy keeps. A text without words stays as it is."""
-    folded = unicodedata.normalize("NFKC", clean_text(text)).casefold()
+    folded = unicodedata.normalize("NFKC", clean_text(text.casefold())).casefold()  # first of all the names of entities
     return " ".join(_WORD.findall(folded)) or folded

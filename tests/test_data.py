@@ -233,6 +233,13 @@ def test_planted_leaks_are_found_and_dropped_all_of_them(config):
         assert len(leaky[split]) == len(clean[split])
 
 
+@pytest.mark.parametrize("change", [str.upper, str.lower, str.swapcase, str.title])
+def test_a_copy_in_another_case_is_found_in_text_as_it_was_crawled(change):
+    raw = "Profit \\$5 a share at AT amp;T, says the  quot;chief quot; &lt;b&gt;...&lt;/b&gt; It #39;s\\a record &hellip; in Z&uuml;rich"
+    assert normalised(change(raw).replace(",", ";") + " ?!") == normalised(raw) == (
+        "profit 5 a share at at t says the chief it s a record in zürich")
+
+
 def test_training_rows_that_repeat_one_another_are_drawn_once(config):
     rows = load_rows(config)
     twice = pd.concat([rows["train"], rows["train"].assign(raw=rows["train"].raw.str.upper())], ignore_index=True)
