@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,18 +11,20 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, free_memory
+from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.config import RunConfig
-from qlora_helpers.errors import ModelError
+from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids
+from qlora_helpers.resuming import ResumableTrainer
 from qlora_helpers.scoring import label_logits
 from qlora_helpers.widgets import LossPanel
-from qlora_helpers.workspace import Workspace, write_text
+from qlora_helpers.workspace import Workspace
 
 NOTEBOOK = "03_qlora_training"
 
@@ -31,6 +33,11 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: "LabelTrainer"):
         self.trainer, self.panel, self.skipped_steps = trainer, None, 0
+        self.before, self.start = 0.0, time.perf_counter()  # seconds spent before the training went on
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
 
     def on_train_begin(self, *args, **kwargs):
         self.start = time.perf_counter()
@@ -39,7 +46,7 @@ class _Watch(TrainerCallback):
         self.skipped_steps += self.trainer.accelerator.optimizer_step_was_skipped
 
     def on_log(self, args, state, control, **kwargs):
-        seconds = time.perf_counter() - self.start
+        seconds = self.seconds
         state.log_history[-1]["seconds"] = round(seconds, 2)
         if self.panel and state.global_step:
             history = self.trainer.history(seconds)
@@ -50,31 +57,33 @@ class _Watch(TrainerCallback):
                                      + peak)
 
 
-class LabelTrainer(Trainer):
+class LabelTrainer(ResumableTrainer):
     """The Trainer, with the loss of the label's token alone, seeded length-grouped batches, and scores by epoch.
     The best epoch by validation loss is kept. Its order of rows depends on the seed and the effective batch, never on the
-    batch plan."""
+    batch plan. `fit` writes a checkpoint to the folder `checkpoints` after each epoch, every `checkpoint_minutes`, and every
+    `checkpoint_steps` if given; the result depends on neither."""
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame],
-                 config: RunConfig, plan: BatchPlan, checkpoints: Path):
-        self.label_ids = label_token_ids(tokenizer)
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame], config: RunConfig,
+                 plan: BatchPlan, checkpoints: Path, checkpoint_minutes: float = 10.0, checkpoint_steps: int | None = None):
+        self.label_ids, self.folder = label_token_ids(tokenizer), Path(checkpoints)
         self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
-        self._losses = []  # of the micro-batches since the last optimizer step
+        self._peak_before, self._losses = None, []  # losses of the micro-batches since the last optimizer step
         encoded = {split: datasets.Dataset.from_dict({
             "input_ids": encode_prompts(tokenizer, subset[split].text.tolist(), config.max_length),
             "labels": subset[split].label.tolist(), "row": range(len(subset[split]))}) for split in ("train", "validation")}
         dtype, _ = compute_dtype()
         super().__init__(
+            checkpoint_minutes=checkpoint_minutes, checkpoint_steps=checkpoint_steps,
             model=model, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=self._collate,
             compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist()),
             args=TrainingArguments(
-                output_dir=str(checkpoints), seed=config.seed, num_train_epochs=config.num_epochs,
+                output_dir=tempfile.gettempdir(), seed=config.seed, num_train_epochs=config.num_epochs,
                 per_device_train_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
                 per_device_eval_batch_size=plan.micro_batch_size, learning_rate=config.learning_rate,
                 warmup_steps=config.warmup_ratio, lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
                 weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
                 use_cpu=model.device.type == "cpu", eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
-                save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+                metric_for_best_model="eval_loss", greater_is_better=False,
                 logging_steps=1, remove_unused_columns=False, report_to="none",
                 dataloader_pin_memory=model.device.type == "cuda"))
         self.watch = _Watch(self)
@@ -90,9 +99,12 @@ class LabelTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         # The Trainer's own draws from the global generator, which dropout also advances: the order of the second epoch
         # would then depend on the micro-batch.
-        return LengthGroupedSampler(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
-                                    lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
-                                    generator=torch.Generator().manual_seed(self.config.seed))
+        sampler = LengthGroupedSampler(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
+                                       lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
+                                       generator=torch.Generator().manual_seed(self.config.seed))
+        for _ in range(self.epochs_before):
+            iter(sampler)  # draws the order of an epoch
+        return sampler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A micro-batch's forward and backward pass. Out of memory, it keeps fewer activations from here on, or halves the
@@ -156,32 +168,71 @@ class LabelTrainer(Trainer):
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
         return loss, logits, inputs["labels"]
 
+    def facts(self) -> dict:
+        return {"seconds": self.watch.seconds, "skipped_steps": self.watch.skipped_steps, "plan": vars(self.plan), "peak_gib": self._peak_gib()}
+
+    def take_over(self, facts: dict) -> None:
+        self.watch.before, self.watch.skipped_steps = facts["seconds"], facts["skipped_steps"]
+        self.plan, self._peak_before = BatchPlan(**facts["plan"]), facts["peak_gib"]
+
+    def _peak_gib(self) -> float | None:
+        peak = round(torch.cuda.max_memory_reserved() / 2**30, 2) if self.model.device.type == "cuda" else None
+        return max(filter(None, (peak, self._peak_before)), default=None)
+
     def fit(self, workspace: Workspace, panel: LossPanel | None = None) -> dict:
         """Train, write adapter/ (of the best epoch) and training.json to `workspace`, and return the loss history, shown in `panel`.
-        A finished training with this very config and subset is not repeated; one with other settings is kept in earlier/."""
-        if workspace.is_current(NOTEBOOK, self.config):
-            print("This workspace holds the finished training with these settings: nothing to do.")
-            history = json.loads((workspace / "training.json").read_text(encoding="utf-8"))
-        else:
-            if earlier := workspace.set_aside(NOTEBOOK, ["adapter", "training.json"]):
-                print(f"An earlier training was made with other settings or data. It is kept in {earlier.relative_to(workspace.path)}.")
-            shutil.rmtree(self.args.output_dir, ignore_errors=True)
-            start, self.watch.panel = time.perf_counter(), panel
-            self.train()
-            history = self.history(time.perf_counter() - start)
-            save_adapter(self.model, self.config, workspace / "adapter")
-            write_text(workspace / "training.json", json.dumps(history, indent=1))
-            workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+
+        A training that was stopped goes on from its newest complete checkpoint, to the result that it would have had. A finished
+        training with this very config and subset is not repeated; one with other settings is kept in earlier/. Raises TrainingStopped
+        after an interrupt, and WorkspaceError if an unfinished training has other settings or another process is writing here."""
+        with workspace.hold(NOTEBOOK):
+            history = self._fit(workspace, panel)
         if panel:
             panel.load()
         return history
+
+    def _fit(self, workspace: Workspace, panel: LossPanel | None) -> dict:
+        workspace.fingerprints("02_data_subset")  # still those that the rows in memory were read from
+        lora = self.model.peft_config["default"]
+        settings = dataclasses.asdict(self.config) | {f"LoraConfig.{name}": value for name, value in lora.to_dict().items()
+                                                      if name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+        settings["LoraConfig.target_modules"] = sorted(lora.target_modules)
+        self.checkpoints = Checkpoints(self.folder, {"settings": settings, "data": workspace.require("02_data_subset")["files"]})
+        if workspace.is_current(NOTEBOOK, self.config):
+            print("This workspace holds the finished training with these settings: nothing to do.")
+            self.checkpoints.finish()
+            return workspace.read_json(NOTEBOOK, "training.json")
+        folder = self.find()
+        self._clear(workspace)
+        self.checkpoints.prepare()
+        self.watch.panel = panel
+        try:
+            self.run(folder)
+        except TrainingStopped as stopped:
+            if panel:
+                panel.show(self.history(self.watch.seconds), str(stopped))
+            raise
+        history = self.history(self.watch.seconds)
+        save_adapter(self.model, self.config, workspace / "adapter")
+        workspace.write("training.json", json.dumps(history, indent=1))
+        workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+        self.checkpoints.finish()
+        return history
+
+    def _clear(self, workspace: Workspace) -> None:
+        why = "An earlier training was made with other settings."
+        try:
+            workspace.require(NOTEBOOK)
+        except WorkspaceError as error:
+            why = str(error)
+        if earlier := workspace.set_aside(NOTEBOOK, ["adapter", "training.json"]):
+            print(f"{why} What it wrote is kept in {earlier.relative_to(workspace.path)}.")
 
     def history(self, seconds: float) -> dict:
         """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed, plan."""
         log = self.state.log_history
         validation = [{name: e[name] for name in ("step", "epoch", "seconds")} | {name: e[f"eval_{name}"] for name in
                       ("loss", "accuracy", "macro_f1")} for e in log if "eval_loss" in e]
-        on_gpu = self.model.device.type == "cuda"
         return {
             "train": [{k: e[k] for k in ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")} for e in log if "loss" in e],
             "validation": validation,  # its first entry is before training
@@ -189,6 +240,6 @@ class LabelTrainer(Trainer):
             "seconds": round(seconds, 1),
             "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
             "skipped_steps": self.watch.skipped_steps,
-            "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
+            "peak_gib": self._peak_gib(),
             "plan": vars(self.plan),
         }
