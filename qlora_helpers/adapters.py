@@ -12,8 +12,8 @@ from qlora_helpers.errors import ModelError
 from qlora_helpers.files import ordinary, read_file, reason
 
 _CODE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so"}  # what runs, or may run, when it is loaded
-_FREE = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_type", "peft_version", "r", "lora_alpha", "lora_dropout",
-         "target_modules", "use_rslora", "init_lora_weights", "megatron_core"}  # the others must say what plain LoRA says
+_FREE = {"base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_type", "peft_version", "r", "lora_alpha",
+         "lora_dropout", "target_modules", "use_rslora", "init_lora_weights"}  # the others must say what plain LoRA says
 _PREFIX = "base_model.model."
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import FAILURES, cannot_write, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text
+from qlora_helpers.files import FAILURES, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text
 
 DRIVE = Path("/content/drive")  # where Colab mounts it
 KEPT = 2  # the one before, for a disk that does not keep what it was given
@@ -73,8 +73,8 @@ class Checkpoints:
         except (*FAILURES, WorkspaceError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             last = "none before it" if self.step is None else f"the one of step {self.step} is kept"
-            print(f"The checkpoint of step {step} cannot be written ({reason(getattr(error, '__cause__', None) or error)}); {last}. Training "
-                  f"goes on: free some space in {self.folder.parent}.")
+            print(f"The checkpoint of step {step} cannot be written ({reason(error.__cause__ or error)}); {last}. Training goes on: free "
+                  f"some space in {self.folder.parent}.")
             return False
         self.step = step
         _prune(self.folder, step)
@@ -105,8 +105,8 @@ class Checkpoints:
                            for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
         folders = " and ".join(str(folder) for folder in dict.fromkeys((self.folder, self.kept)) if folder.exists())
         raise WorkspaceError(f"{path} is of an unfinished training with other {'settings' if fields else 'data'}: "
-                             f"{fields or 'the rows of subset/ have changed since'}. Set them back, from notebooks/01_setup.ipynb on, and it "
-                             f"goes on; to train with the new ones, delete {folders}.")
+                             f"{fields or 'the rows of subset/ have changed since'}. Set them back, from notebooks/01_setup.ipynb on, "
+                             f"and it goes on; to train with the new ones, delete {folders}.")
 
 
 def _inside(folder: Path) -> list[Path]:

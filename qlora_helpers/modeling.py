@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import os
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.utils import logging
 
 from qlora_helpers.adapters import check_adapter
+from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.files import copy_folder, writing
@@ -48,11 +48,13 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def load_base_model(config: RunConfig) -> PreTrainedModel:
     """`config.base_model` in NF4 with double quantisation, in eval mode; a checkpoint that is already quantised is loaded as it is.
     Raises ModelError if the checkpoint cannot be had."""
+    free_memory()  # a model that was here before goes first: patched forwards are cycles, which wait for the collector
     dtype, _ = compute_dtype()
     # before the first allocation: batches of many sizes would else leave gaps in the GPU memory that none of them fits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
-    model = _load(AutoModelForCausalLM, config, dtype=dtype, use_safetensors=True, device_map={"": 0 if torch.cuda.is_available() else "cpu"},
+    device = 0 if torch.cuda.is_available() else "cpu"
+    model = _load(AutoModelForCausalLM, config, dtype=dtype, use_safetensors=True, device_map={"": device},
                   quantization_config=None if hasattr(_load(AutoConfig, config), "quantization_config") else nf4)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

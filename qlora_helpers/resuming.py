@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
 from qlora_helpers.checkpoints import Checkpoints
-from qlora_helpers.errors import ModelError, TrainingStopped
+from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
+from qlora_helpers.files import reason
 
 
 class _Due(TrainerCallback):
@@ -80,8 +82,8 @@ class ResumableTrainer(Trainer):
 
     def _determine_best_metric(self, metrics, trial):
         if not np.isfinite(metrics["eval_loss"]):
-            raise ModelError(f"the validation loss is {metrics['eval_loss']} after step {self.state.global_step}: the weights are no longer "
-                             f"numbers. Try a lower QLORA_LEARNING_RATE (now {self.args.learning_rate:g}).")
+            raise ModelError(f"the validation loss is {metrics['eval_loss']} after step {self.state.global_step}: the weights are no "
+                             f"longer numbers. Try a lower QLORA_LEARNING_RATE (now {self.args.learning_rate:g}).")
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best:
             self.best = {name: p.cpu().clone() for name, p in self.trainable().items()}
@@ -113,8 +115,8 @@ class ResumableTrainer(Trainer):
         found = self.checkpoints.newest()
         if found is None:
             if any("lora_B" in name and p.any() for name, p in self.trainable().items()):
-                raise ModelError("this model has been trained already, and there is no checkpoint to go on from. Run this notebook again from "
-                                 "its start: a new training needs a new adapter.")
+                raise ModelError("this model has been trained already, and there is no checkpoint to go on from. Run this notebook again "
+                                 "from its start: a new training needs a new adapter.")
             return None
         folder, manifest = found
         rows, accumulated = manifest["cut"]
@@ -135,9 +137,12 @@ class ResumableTrainer(Trainer):
         except KeyboardInterrupt:
             self._save_after_interrupt()
             raise TrainingStopped(f"Stopped at step {self.state.global_step} of {self.state.max_steps}. {self._kept()}") from None
+        except UnpicklingError as error:  # its manifest is whole: it was made so
+            raise WorkspaceError(f"{folder} holds more than the state of a training ({reason(error)}). It was not loaded: delete it, and "
+                                 "run this notebook again from its start.") from None
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ModelError(f"memory ran out after step {self.state.global_step} ({(str(error).splitlines() or ['out of memory'])[0]}). Restart "
-                             f"the runtime, so that nothing else holds memory. {self._kept()}") from None
+            raise ModelError(f"memory ran out after step {self.state.global_step} ({reason(error)}). Restart the runtime, so that nothing "
+                             f"else holds memory. {self._kept()}") from None
 
     @contextlib.contextmanager
     def _stoppable(self):
@@ -157,7 +162,8 @@ class ResumableTrainer(Trainer):
 
     def _save_after_interrupt(self) -> None:
         # In forward or backward all but the random state is as after the last step. An epoch's end has its checkpoint already.
-        if self.due.random is not None and self.state.global_step % self.steps_per_epoch and self.checkpoints.step != self.state.global_step:
+        step = self.state.global_step
+        if self.due.random is not None and step % self.steps_per_epoch and step != self.checkpoints.step:
             torch.set_rng_state(self.due.random)
             self._save_checkpoint(self.model, None)
 

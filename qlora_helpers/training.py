@@ -60,12 +60,12 @@ class _Watch(TrainerCallback):
 class LabelTrainer(ResumableTrainer):
     """The Trainer, with the loss of the label's token alone, seeded length-grouped batches, and scores by epoch.
     The best epoch by validation loss is kept. Its order of rows depends on the seed and the effective batch, never on the
-    batch plan. `fit` writes a checkpoint to the folder `checkpoints` after each epoch, every `checkpoint_minutes`, and every
-    `checkpoint_steps` if given; the result depends on neither."""
+    batch plan. `fit`, not `train`, writes a checkpoint to the folder `checkpoints` after each epoch, every `checkpoint_minutes`
+    and, if given, every `checkpoint_steps`; the result depends on neither."""
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame], config: RunConfig,
-                 plan: BatchPlan, checkpoints: Path, checkpoint_minutes: float = 10.0, checkpoint_steps: int | None = None):
-        self.label_ids, self.folder = label_token_ids(tokenizer), Path(checkpoints)
+                 plan: BatchPlan, checkpoints: Path | None = None, checkpoint_minutes: float = 10.0, checkpoint_steps: int | None = None):
+        self.label_ids, self.folder = label_token_ids(tokenizer), checkpoints
         self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
         self._peak_before, self._losses = None, []  # losses of the micro-batches since the last optimizer step
         encoded = {split: datasets.Dataset.from_dict({
@@ -169,7 +169,8 @@ class LabelTrainer(ResumableTrainer):
         return loss, logits, inputs["labels"]
 
     def facts(self) -> dict:
-        return {"seconds": self.watch.seconds, "skipped_steps": self.watch.skipped_steps, "plan": vars(self.plan), "peak_gib": self._peak_gib()}
+        return {"seconds": self.watch.seconds, "skipped_steps": self.watch.skipped_steps, "plan": vars(self.plan),
+                "peak_gib": self._peak_gib()}
 
     def take_over(self, facts: dict) -> None:
         self.watch.before, self.watch.skipped_steps = facts["seconds"], facts["skipped_steps"]

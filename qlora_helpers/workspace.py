@@ -1,8 +1,6 @@
 """Where a run's files live, and the manifests by which one notebook trusts another's work."""
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -13,6 +11,7 @@ from pathlib import Path
 from qlora_helpers.config import RunConfig, default_profile, project_folder
 from qlora_helpers.errors import WorkspaceError
 from qlora_helpers.files import cannot_write, flush, read_file, reason, sealed, sha256, unsealed, write_file, write_text
+from qlora_helpers.lock import Lock
 
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn"]
 
@@ -23,7 +22,7 @@ class Workspace:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.opened = {}  # the fingerprint of each notebook's work as `open_workspace` found it
-        self._lock, self._holds = None, 0
+        self._lock = Lock(self.path)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -44,39 +43,9 @@ class Workspace:
         with self.hold(name):
             write_file(self / name, data.encode() if isinstance(data, str) else data)
 
-    @contextlib.contextmanager
     def hold(self, purpose: str):
-        """Keep other processes from writing here meanwhile; if one does already, raise WorkspaceError that names it. The lock goes with
-        the process that holds it, however that ends. Where files cannot be locked (on a mounted Drive), a line says so."""
-        if not self._holds:
-            self._lock = self._locked(purpose)
-        self._holds += 1
-        try:
-            yield
-        finally:
-            self._holds -= 1
-            if not self._holds and self._lock:
-                self._lock = self._lock.close()
-
-    def _locked(self, purpose: str):
-        path, file = self / ".lock", None
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", errors="replace", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.truncate(0)
-            file.write(f"{purpose}, process {os.getpid()}, since {time.strftime('%H:%M:%S UTC', time.gmtime())}")
-            file.flush()
-        except BlockingIOError:
-            file.seek(0)
-            with file:
-                raise WorkspaceError(f"another notebook is writing to {self} ({file.read(200)}). Nothing was written. Wait for it, or stop "
-                                     "it; then run this notebook again.") from None
-        except OSError as error:
-            if not self.path.is_dir():
-                raise cannot_write(self.path, error) from error
-            print(f"{path} cannot be locked ({reason(error)}): see that no other notebook writes to {self} meanwhile.")
-        return file
+        """A context in which no other process writes here. Raises WorkspaceError if one does already, which it names."""
+        return self._lock.hold(purpose)
 
     def publish(self, notebook: str, config: RunConfig, files: list[str], inputs: tuple[str, ...] = (), **facts) -> dict:
         """Write the manifest of `notebook`: the SHA-256 of each of `files` (paths or folders inside the workspace),
@@ -110,7 +79,7 @@ class Workspace:
     def require(self, notebook: str) -> dict:
         """The manifest of `notebook`, if all that it names is there, unchanged, and made from what is there now.
         Raises WorkspaceError that names the file and the notebook to run."""
-        remedy = f"Run notebooks/{notebook}.ipynb" + (" again." if os.path.lexists(self._manifest(notebook)) else " first.")
+        remedy = f"Run notebooks/{notebook}.ipynb" + (" again." if self.has(notebook) else " first.")
         try:
             manifest = unsealed(read_file(self._manifest(notebook)))
             files, inputs = manifest["files"], manifest["inputs"]
@@ -135,6 +104,13 @@ class Workspace:
     def has(self, notebook: str) -> bool:
         """True if there is a manifest of `notebook`, whatever it is worth."""
         return os.path.lexists(self._manifest(notebook))
+
+    def find_json(self, notebook: str, name: str) -> dict | None:
+        """What `notebook` wrote to the JSON file `name`; None if it has not run. Raises WorkspaceError if what it left is not whole."""
+        if not self.has(notebook) and not os.path.lexists(self / name):
+            return None
+        self.require(notebook)
+        return self.read_json(notebook, name)
 
     def read_json(self, notebook: str, name: str) -> dict:
         """What `notebook` wrote to the JSON file `name`, checked by its manifest if it has published one.
