@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -15,19 +16,20 @@ from qlora_helpers.errors import WorkspaceError
 from qlora_helpers.files import FAILURES, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text
 
 DRIVE = Path("/content/drive")  # where Colab mounts it
+_FAR = ("fuse", "nfs", "cifs", "smb")  # file systems that may be slow, or away for a while
 KEPT = 2  # the one before, for a disk that does not keep what it was given
 
 
 class Checkpoints:
     """The checkpoints of the training that `identity` describes, by its `settings` and its `data`.
 
-    They are written to `folder`; where that lies on a mounted Drive, to the machine's own disk, and copied from there in a thread of
-    their own, so that training does not wait for a slow folder. The newest complete one, of both places, is the one to go on from."""
+    They are written to `folder`; where that lies on a mounted Drive or another far disk, to the machine's own, and copied from there in
+    a thread of their own, so that training does not wait for a slow folder. The newest complete one of both places is gone on from."""
 
     def __init__(self, folder: Path, identity: dict):
         self.identity, self.kept = json.loads(json.dumps(identity)), folder
         self.folder, self.copies = folder, None
-        if folder.is_relative_to(DRIVE):
+        if _is_far(folder):
             self.folder = Path(tempfile.gettempdir()) / f"qlora_checkpoints_{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
             self.copies = _Copies(folder)
         self.step = None  # of the newest one written
@@ -107,6 +109,16 @@ class Checkpoints:
         raise WorkspaceError(f"{path} is of an unfinished training with other {'settings' if fields else 'data'}: "
                              f"{fields or 'the rows of subset/ have changed since'}. Set them back, from notebooks/01_setup.ipynb on, "
                              f"and it goes on; to train with the new ones, delete {folders}.")
+
+
+def _is_far(folder: Path) -> bool:
+    if folder.is_relative_to(DRIVE):
+        return True
+    with contextlib.suppress(OSError):
+        mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+        found = [(len(where), kind) for _, where, kind, *_ in mounts if Path(os.path.realpath(folder)).is_relative_to(where)]
+        return max(found)[1].startswith(_FAR) and "overlay" not in max(found)[1]
+    return False
 
 
 def _inside(folder: Path) -> list[Path]:

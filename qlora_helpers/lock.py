@@ -37,8 +37,9 @@ class Lock:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(file, 0)
-            os.write(file, f"{purpose}, process {os.getpid()}, since {time.strftime('%H:%M:%S UTC', time.gmtime())}".encode())
+            with contextlib.suppress(OSError):  # a full disk: it is locked without a name
+                os.ftruncate(file, 0)
+                os.write(file, f"{purpose}, process {os.getpid()}, since {time.strftime('%H:%M:%S UTC', time.gmtime())}".encode())
         except BlockingIOError:
             holder = os.read(file, 200).decode(errors="replace")
             os.close(file)

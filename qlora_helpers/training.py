@@ -187,7 +187,10 @@ class LabelTrainer(ResumableTrainer):
         training with this very config and subset is not repeated; one with other settings is kept in earlier/. Raises TrainingStopped
         after an interrupt, and WorkspaceError if an unfinished training has other settings or another process is writing here."""
         with workspace.hold(NOTEBOOK):
-            history = self._fit(workspace, panel)
+            try:
+                history = self._fit(workspace, panel)
+            except KeyboardInterrupt:
+                raise TrainingStopped("Stopped while files were read or written: nothing is lost. Run this notebook again.") from None
         if panel:
             panel.load()
         return history

@@ -53,9 +53,13 @@ class Workspace:
         with self.hold(notebook):
             paths = [path for name in files for path in (sorted((self / name).rglob("*")) if (self / name).is_dir() else [self / name])]
             paths = [path for path in paths if not path.is_dir()]
+            made = {}
             for path in paths:
-                flush(path)
-            made = {path.relative_to(self.path).as_posix(): sha256(path) for path in paths}
+                try:
+                    flush(path)
+                    made[path.relative_to(self.path).as_posix()] = sha256(path)
+                except OSError as error:
+                    raise WorkspaceError(f"{path} cannot be published ({reason(error)}). Run notebooks/{notebook}.ipynb again.") from error
             identity = {"config": dataclasses.asdict(config), "files": made, "inputs": self.fingerprints(*inputs)}
             manifest = {
                 "notebook": notebook, **identity, **facts,
