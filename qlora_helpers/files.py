@@ -9,6 +9,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -22,17 +23,18 @@ _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all: beside it first, flushed to the disk, then renamed. A failure that may pass (a mounted Drive has
-    such) is tried again. Raises WorkspaceError with the remedy."""
+    """Write `path` whole or not at all: beside it first, flushed to the disk, then renamed. What fails is tried again, since on a mounted
+    Drive it may pass. Raises WorkspaceError with the remedy."""
+    beside = path.with_name(path.name + ".partial")
+
     def write():
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".partial")
         if os.path.isdir(beside):
             shutil.rmtree(beside)
         with open(beside, "wb") as file:
             file.write(data)
-        put_in_place(beside, path)
     _tried(write, path)
+    put_in_place(beside, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,21 +48,25 @@ def copy_folder(source: Path, target: Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     for path in sorted(source.iterdir()):
         write_file(beside / path.name, path.read_bytes())
-    _tried(lambda: put_in_place(beside, target), target)
+    put_in_place(beside, target)
 
 
 def put_in_place(beside: Path, path: Path) -> None:
-    """Flush the file or folder `beside` to the disk and rename it to `path`, in place of what is there."""
+    """Flush the file or folder `beside` to the disk and rename it to `path`, in place of what is there. Raises WorkspaceError."""
     for part in [*beside.iterdir(), beside] if beside.is_dir() else [beside]:
         flush(part)
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)  # a rename replaces no folder that holds something
-    os.replace(beside, path)
+        _tried(partial(shutil.rmtree, path), path)  # a rename replaces no folder that holds something
+    _tried(partial(os.replace, beside, path), path)
     flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+    """Have the disk hold what was written to a file or folder. Raises WorkspaceError."""
+    _tried(partial(_flush, path), path)
+
+
+def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -72,11 +78,11 @@ def flush(path: Path) -> None:
 
 
 def _tried(write: Callable[[], None], path: Path) -> None:
-    for wait in (0.2, 1, 5, None):
+    for wait in (0.05, 0.5, 2, 8, None):
         try:
             return write()
         except OSError as error:
-            if wait is None or error.errno in _FULL | _CLOSED | _IN_THE_WAY:
+            if wait is None or error.errno in _FULL | _CLOSED | _IN_THE_WAY | {errno.ENOENT}:
                 raise cannot_write(path, error) from error
         time.sleep(wait)
 

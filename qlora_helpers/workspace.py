@@ -56,8 +56,8 @@ class Workspace:
             made = {}
             for path in paths:
                 try:
-                    flush(path)
                     made[path.relative_to(self.path).as_posix()] = sha256(path)
+                    flush(path)
                 except OSError as error:
                     raise WorkspaceError(f"{path} cannot be published ({reason(error)}). Run notebooks/{notebook}.ipynb again.") from error
             identity = {"config": dataclasses.asdict(config), "files": made, "inputs": self.fingerprints(*inputs)}

@@ -1,3 +1,4 @@
+import builtins
 import dataclasses
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 import stages
 import torch
 
-from qlora_helpers import LossPanel, Workspace, checkpoints, files, training
+from qlora_helpers import LossPanel, Workspace, checkpoints, training
 from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.errors import ModelError, QLoraError, TrainingStopped, WorkspaceError
 from qlora_helpers.files import sealed, sha256, unsealed
@@ -91,6 +92,16 @@ def test_an_interrupt_before_the_first_step_starts_again(prepared, workspace, un
     stages.stop_at(trainer, 0)
     with pytest.raises(TrainingStopped, match="There is no checkpoint yet"):
         trainer.fit(run)
+    assert _finish(prepared, workspace) == uninterrupted
+
+
+def test_an_interrupt_in_the_first_evaluation_starts_again(prepared, workspace, uninterrupted):
+    run, trainer = prepared()
+    trainer.compute_loss = lambda *args, **kwargs: signal.default_int_handler(signal.SIGINT, None)
+    panel = LossPanel(run)
+    with pytest.raises(TrainingStopped, match="Stopped at step 0 of 12. There is no checkpoint yet"):
+        trainer.fit(run, panel)
+    assert "Stopped at step 0" in panel.status.value
     assert _finish(prepared, workspace) == uninterrupted
 
 
@@ -291,20 +302,28 @@ def prepared_on_disk(small_disk, tiny):
 
 @pytest.fixture
 def drive(tmp_path, monkeypatch):
-    """A folder of which every third write fails, and the fifth hangs for as long as it says; and its counts."""
-    folder, counts, put = tmp_path / "drive", {"writes": 0, "hangs": 2.0}, files.put_in_place
+    """A folder in which every third opening for writing, flushing or renaming fails, and one hangs; and its counts."""
+    folder, counts = tmp_path / "drive", {"writes": 0, "failed": 0, "hung": 0}
     monkeypatch.setattr(checkpoints, "DRIVE", folder)
     monkeypatch.setattr(checkpoints.tempfile, "gettempdir", lambda: str(tmp_path / "local"))
 
-    def flaky(beside, path):
-        if path.is_relative_to(folder):
-            counts["writes"] += 1
-            if counts["writes"] == counts.get("hang_at"):
-                time.sleep(counts["hangs"])
-            if counts["writes"] % 3 == 0:
-                raise OSError(5, "Input/output error")
-        put(beside, path)
-    monkeypatch.setattr(files, "put_in_place", flaky)
+    def flaky(module, name, path_of):
+        real = getattr(module, name)
+
+        def call(*args, **kwargs):
+            if str(path_of(*args, **kwargs)).startswith(str(folder)):
+                counts["writes"] += 1
+                if counts["writes"] == counts.get("hang_at"):
+                    counts["hung"] += 1
+                    time.sleep(counts["seconds"])
+                if counts["writes"] % 3 == 0:
+                    counts["failed"] += 1
+                    raise OSError(5, "Input/output error")
+            return real(*args, **kwargs)
+        monkeypatch.setattr(module, name, call)
+    flaky(os, "replace", lambda source, target: target)
+    flaky(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    flaky(builtins, "open", lambda path, mode="r", *args, **kwargs: path if "w" in mode else "")
     monkeypatch.setenv("QLORA_WORKSPACE", str(folder / "run"))
     return folder, counts
 
@@ -322,15 +341,15 @@ def test_a_slow_and_flaky_drive_does_not_hold_up_training(drive, tiny, uninterru
         on_step_end(args, state, control, **kwargs)
         steps.append(time.perf_counter())
         if len(steps) == 2:
-            counts["hang_at"], counts["hangs"] = counts["writes"] + 2, seconds
+            counts["hang_at"], counts["seconds"] = counts["writes"] + 2, seconds
         if len(steps) == 9:
             raise KeyboardInterrupt
     trainer.watch.on_step_end = watch
     with pytest.raises(TrainingStopped):
         trainer.fit(run)
     assert max(late - early for early, late in zip(steps, steps[1:], strict=False)) < 1.5
-    newest = max(int(name[11:]) for name in _names(folder / "run" / "checkpoints") if name[11:].isdigit())
-    assert newest == 8
+    assert max(int(name[11:]) for name in _names(folder / "run" / "checkpoints") if name[11:].isdigit()) == 8
+    assert counts["failed"] > 10 and counts["hung"] == 1
     shutil.rmtree(trainer.checkpoints.folder)  # the machine is gone, the Drive is not
     stages.train()
     stages.evaluate()
