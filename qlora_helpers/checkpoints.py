@@ -26,7 +26,8 @@ class Checkpoints:
     They are written to `folder`; where that lies on a mounted Drive or another far disk, to the machine's own, and copied from there in
     a thread of their own, so that training does not wait for a slow folder. The newest complete one of both places is gone on from."""
 
-    def __init__(self, folder: Path, identity: dict):
+    def __init__(self, folder: str | os.PathLike, identity: dict):
+        folder = Path(folder)
         self.identity, self.kept = json.loads(json.dumps(identity)), folder
         self.folder, self.copies = folder, None
         if _is_far(folder):
@@ -49,9 +50,9 @@ class Checkpoints:
                     copy_folder(path, self.folder / path.name)
                     path = self.folder / path.name
                     _checked(path)
-            except (OSError, ValueError, LookupError, RecursionError) as error:
-                if isinstance(error, WorkspaceError):
-                    raise
+            except WorkspaceError:
+                raise
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 print(f"{path} is not complete ({reason(error)}): skipped.")
                 continue
             self.step = step
@@ -75,8 +76,8 @@ class Checkpoints:
         except (*FAILURES, WorkspaceError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             last = "none before it" if self.step is None else f"the one of step {self.step} is kept"
-            print(f"The checkpoint of step {step} cannot be written ({reason(error.__cause__ or error)}); {last}. Training goes on: free "
-                  f"some space in {self.folder.parent}.")
+            print(f"The checkpoint of step {step} cannot be written ({reason(error.__cause__ or error)}); {last}. Training goes on; "
+                  f"meanwhile free some space, or see what is wrong, in {self.folder.parent}.")
             return False
         self.step = step
         _prune(self.folder, step)
@@ -95,7 +96,8 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Remove them all: the training is published."""
-        self.copied(30)
+        if self.copies:
+            self.copies.close()
         for folder in {self.folder, self.kept}:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -161,7 +163,7 @@ class _Copies:
     """Copies of the newest checkpoint in a slow folder, made in the background; one that fails is tried again with the next."""
 
     def __init__(self, folder: Path):
-        self.folder, self._next, self._done = folder, None, True
+        self.folder, self._next, self._done, self._closed = folder, None, True, False
         self._lock, self._idle = threading.Lock(), threading.Event()
         self._idle.set()
 
@@ -176,11 +178,18 @@ class _Copies:
         """True if the newest one is copied within `seconds`."""
         return self._idle.wait(seconds) and self._done
 
+    def close(self) -> None:
+        """Make no more copies. One that hangs in the folder is waited for half a minute, and removed when it is through."""
+        self._closed = True
+        self._idle.wait(30)
+
     def _run(self) -> None:
         while True:
             with self._lock:
                 path, self._next = self._next, None
-                if path is None:
+                if path is None or self._closed:
+                    if self._closed:
+                        shutil.rmtree(self.folder, ignore_errors=True)
                     self._idle.set()
                     return
             try:
@@ -189,5 +198,5 @@ class _Copies:
                 _prune(self.folder, int(path.name.partition("-")[2]))
             except (OSError, WorkspaceError) as error:
                 self._done = False
-                if self._next is None:  # else a newer one is there, and this one may be gone
+                if self._next is None and not self._closed:  # else a newer one is there, and this one may be gone
                     print(f"{path.name} was not copied: {error} It is still in {path.parent}.")

@@ -128,7 +128,9 @@ def ordinary(path: Path) -> int:
 
 
 def sha256(path: Path) -> str:
-    return hashlib.sha256(read_file(path)).hexdigest()
+    ordinary(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(content: dict) -> str:

@@ -120,8 +120,8 @@ class ResumableTrainer(Trainer):
             return None
         folder, manifest = found
         rows, accumulated = manifest["cut"]
-        self.args.per_device_train_batch_size = self.args.per_device_eval_batch_size = self._train_batch_size = rows
-        self.args.gradient_accumulation_steps = accumulated
+        self.args.per_device_train_batch_size = self.args.per_device_eval_batch_size = rows
+        self.args.gradient_accumulation_steps, self._train_batch_size = accumulated, self.args.train_batch_size
         self.args.eval_on_start, self.epochs_before = False, manifest["step"] // self.steps_per_epoch
         self.take_over(manifest["facts"])
         print(f"Going on from the checkpoint of step {manifest['step']} of {self.steps_per_epoch * int(self.args.num_train_epochs)}, "
@@ -170,5 +170,5 @@ class ResumableTrainer(Trainer):
     def _kept(self) -> str:
         if self.checkpoints.step is None:
             return "There is no checkpoint yet: it starts again when this notebook is run again from its start."
-        copied = "" if self.checkpoints.copied(60) else f" Its copy to {self.checkpoints.kept} is not finished: keep this machine."
+        copied = "" if self.checkpoints.copied(30) else f" Its copy to {self.checkpoints.kept} is not finished: keep this machine."
         return f"The checkpoint of step {self.checkpoints.step} is written: it goes on from there when this notebook is run again.{copied}"

@@ -28,6 +28,7 @@ from qlora_helpers.workspace import Workspace
 
 NOTEBOOK = "03_qlora_training"
 
+
 class _Watch(TrainerCallback):
     """Adds the time to what is logged, counts the steps that the float16 scaler skipped after an overflow, and feeds the loss panel."""
 
@@ -60,12 +61,12 @@ class _Watch(TrainerCallback):
 class LabelTrainer(ResumableTrainer):
     """The Trainer, with the loss of the label's token alone, seeded length-grouped batches, and scores by epoch.
     The best epoch by validation loss is kept. Its order of rows depends on the seed and the effective batch, never on the
-    batch plan. `fit`, not `train`, writes a checkpoint to the folder `checkpoints` after each epoch, every `checkpoint_minutes`
-    and, if given, every `checkpoint_steps`; the result depends on neither."""
+    batch plan. `fit`, not `train`, writes a checkpoint to the folder `checkpoints` (the workspace's own, if None) after each epoch,
+    every `checkpoint_minutes` and, if given, every `checkpoint_steps`; the result depends on neither."""
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame], config: RunConfig,
                  plan: BatchPlan, checkpoints: Path | None = None, checkpoint_minutes: float = 10.0, checkpoint_steps: int | None = None):
-        self.label_ids, self.folder = label_token_ids(tokenizer), checkpoints
+        self.label_ids, self.checkpoint_folder = label_token_ids(tokenizer), checkpoints
         self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
         self._peak_before, self._losses = None, []  # losses of the micro-batches since the last optimizer step
         encoded = {split: datasets.Dataset.from_dict({
@@ -77,7 +78,8 @@ class LabelTrainer(ResumableTrainer):
             model=model, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=self._collate,
             compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist()),
             args=TrainingArguments(
-                output_dir=tempfile.gettempdir(), seed=config.seed, num_train_epochs=config.num_epochs,
+                output_dir=tempfile.gettempdir(),  # it writes nothing there: `_save_checkpoint` is not the Trainer's
+                seed=config.seed, num_train_epochs=config.num_epochs,
                 per_device_train_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
                 per_device_eval_batch_size=plan.micro_batch_size, learning_rate=config.learning_rate,
                 warmup_steps=config.warmup_ratio, lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
@@ -201,7 +203,8 @@ class LabelTrainer(ResumableTrainer):
         settings = dataclasses.asdict(self.config) | {f"LoraConfig.{name}": value for name, value in lora.to_dict().items()
                                                       if name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
         settings["LoraConfig.target_modules"] = sorted(lora.target_modules)
-        self.checkpoints = Checkpoints(self.folder, {"settings": settings, "data": workspace.require("02_data_subset")["files"]})
+        data = workspace.require("02_data_subset")["files"]
+        self.checkpoints = Checkpoints(self.checkpoint_folder or workspace / "checkpoints", {"settings": settings, "data": data})
         if workspace.is_current(NOTEBOOK, self.config):
             print("This workspace holds the finished training with these settings: nothing to do.")
             self.checkpoints.finish()

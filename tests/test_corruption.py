@@ -27,7 +27,8 @@ def made(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         for name, seed in (("finished", 42), ("finished-other", 7)):
             patch.setenv("QLORA_WORKSPACE", str(folder / name))
-            stages.run_all(stages.tiny_config(tiny, seed=seed + 1))
+            for earlier in ([8] if seed == 42 else []):
+                stages.run_all(stages.tiny_config(tiny, seed=earlier))
             stages.run_all(stages.tiny_config(tiny, seed=seed))
             right = stages.infer() if seed == 42 else right
             patch.setenv("QLORA_WORKSPACE", str(folder / name.replace("finished", "unfinished")))
@@ -96,7 +97,8 @@ def _corrupt(made, folder: Path, seed: int, monkeypatch) -> str:
     with contextlib.redirect_stdout(printed):
         if state == "finished":
             answer, said = _remedied(config, stages.infer)
-            LossPanel(Workspace(folder)).load()
+            if name.startswith(("earlier", "training")):
+                LossPanel(Workspace(folder)).load()
         else:
             _, said = _remedied(config, stages.train)
             _, more = _remedied(config, stages.evaluate)
