@@ -174,12 +174,12 @@ def test_a_workspace_can_be_moved(run, config, tmp_path):
     assert Workspace(tmp_path / "elsewhere").is_current("03_qlora_training", RunConfig.from_json(config.to_json()))
 
 
-@pytest.mark.parametrize(("old", "new"), [('"best_epoch": 2', '"best_epoch": 3'), ('"seed": 42', '"seed": 43'), ('"seal": "', '"seal": "0')])
+@pytest.mark.parametrize(("old", "new"), [('"best_epoch": 2', '"best_epoch": 3'), ('"seed": 42', '"seed": 7'), ('seal": "', 'seal": "0')])
 def test_an_edited_manifest_is_named(run, old, new):
     path = run / "manifests" / "03_qlora_training.json"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(WorkspaceError, match=r"03_qlora_training.json cannot be read \(it is torn, or was changed .*Run notebooks/03_qlora"):
+    with pytest.raises(WorkspaceError, match=r"03_qlora_training.json cannot be read \(it is torn, or was changed .*Run notebooks/03"):
         run.require("03_qlora_training")
 
 
@@ -219,5 +219,5 @@ def test_a_folder_in_the_place_of_a_file_is_replaced(run):
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run):
     (run / "training.json").unlink()
     os.mkfifo(run / "training.json")
-    with pytest.raises(WorkspaceError, match="training.json cannot be read .Not an ordinary file.. Run notebooks/03_qlora_training.ipynb again"):
+    with pytest.raises(WorkspaceError, match="training.json cannot be read .Not an ordinary file.. Run notebooks/03_qlora_training"):
         run.require("03_qlora_training")
