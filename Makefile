@@ -10,6 +10,9 @@ run: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+test-slow: $(READY)  ## what kills and damages runs by the dozen: half an hour
+	$(BIN)/python -m pytest tests -m slow
+
 notebooks: $(READY)  ## execute the notebooks in place, on the cpu profile, for a commit
 	rm -rf runs/committed  # a training that is there would be kept, and its cell show nothing
 	QLORA_PROFILE=cpu QLORA_WORKSPACE=runs/committed $(BIN)/python notebooks/run_all.py --in-place
@@ -31,7 +34,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml Makefile
 	$(BIN)/python -c 'from qlora_helpers.modeling import embedded_checkpoint; embedded_checkpoint()'
 	touch $@
 
-.PHONY: run test notebooks lint clean repository
+.PHONY: run test test-slow notebooks lint clean repository
 
 repository:  ## SLUG=account/name: the repository's address in every badge and install cell
 	@test -n "$(SLUG)" || { echo "usage: make repository SLUG=account/name"; exit 2; }

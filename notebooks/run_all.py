@@ -5,8 +5,10 @@
 """
 
 import argparse
+import asyncio
 import json
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +19,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
-from qlora_helpers import QLoraError, RunConfig, Workspace
+from qlora_helpers import QLoraError, RunConfig, Workspace, write_text
 
 FOLDER = Path(__file__).parent
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, not one of the user's with the same name
@@ -30,7 +32,12 @@ def run_notebook(path: Path, bar: tqdm) -> nbformat.NotebookNode:
     for i in code:  # what a commit holds is of another run
         notebook.cells[i].update(execution_count=None, outputs=[])
 
+    def interrupt():  # a training then writes a checkpoint; nbclient's own handlers would kill the kernel
+        asyncio.ensure_future(client.km.interrupt_kernel())
+
     def started(cell, cell_index):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, interrupt)
         bar.set_postfix_str(f"{path.stem}, cell {code.index(cell_index) + 1} of {len(code)}" if cell_index in code else path.stem)
 
     def executed(cell, cell_index, execute_reply):
@@ -58,9 +65,7 @@ def workspace_copy(path: Path) -> Path:
 
 
 def save(notebook: nbformat.NotebookNode, path: Path) -> None:
-    copy = workspace_copy(path)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, copy)
+    write_text(workspace_copy(path), nbformat.writes(notebook))
 
 
 def main() -> None:

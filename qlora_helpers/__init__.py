@@ -7,11 +7,12 @@ from qlora_helpers.cleaning import clean_text, normalised
 from qlora_helpers.config import LABELS, RunConfig
 from qlora_helpers.curve import learning_curve, tfidf_classifier
 from qlora_helpers.data import SPLITS, draw_subset, load_rows
-from qlora_helpers.errors import ConfigError, DataError, ModelError, QLoraError, WorkspaceError
+from qlora_helpers.errors import ConfigError, DataError, ModelError, QLoraError, TrainingStopped, WorkspaceError
+from qlora_helpers.files import write_text
 from qlora_helpers.metrics import fit_temperature, mcnemar, reliability, scoreboard, scores, wilson_interval, with_temperature
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model, load_tokenizer, save_adapter
 from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids, label_words
 from qlora_helpers.scoring import label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
 from qlora_helpers.widgets import ErrorExplorer, HeadlinePanel, LossPanel, review_table
-from qlora_helpers.workspace import Workspace, open_workspace, write_text
+from qlora_helpers.workspace import Workspace, open_workspace

@@ -1,8 +1,6 @@
 """The learning curve: what more training rows would bring."""
 
 import dataclasses
-import tempfile
-from pathlib import Path
 
 import pandas as pd
 from peft import LoraConfig
@@ -34,8 +32,7 @@ def learning_curve(config: RunConfig, rows: dict[str, pd.DataFrame], sizes: list
                           task_type="CAUSAL_LM")
         model = attach_lora(load_base_model(config), lora, config.seed)
         plan = plan_batches(model, tokenizer, train.text.tolist(), config)
-        with tempfile.TemporaryDirectory() as folder:
-            LabelTrainer(model, tokenizer, subset, dataclasses.replace(config, train_size=size), plan, Path(folder)).train()
+        LabelTrainer(model, tokenizer, subset, dataclasses.replace(config, train_size=size), plan).train()
         tuned = label_probabilities(model, tokenizer, test.text, config, progress=f"{size} rows").argmax(axis=1)
         tfidf = tfidf_classifier().fit(train.text, train.label).predict(test.text)
         found[size] = {"tuned model": (tuned == test.label).mean(), "TF-IDF + logistic regression": (tfidf == test.label).mean()}

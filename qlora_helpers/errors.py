@@ -22,3 +22,7 @@ class WorkspaceError(QLoraError):
 
 class ModelError(QLoraError):
     """A base model or adapter that cannot be used."""
+
+
+class TrainingStopped(QLoraError):
+    """A training that was interrupted, and goes on when it is run again."""

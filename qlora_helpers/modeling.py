@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import os
-import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -14,8 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from qlora_helpers.adapters import check_adapter
+from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
+from qlora_helpers.files import copy_folder, writing
 from qlora_helpers.lora import fuse_lora
 from qlora_helpers.packing import use_packed_attention
 
@@ -46,13 +48,15 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 def load_base_model(config: RunConfig) -> PreTrainedModel:
     """`config.base_model` in NF4 with double quantisation, in eval mode; a checkpoint that is already quantised is loaded as it is.
     Raises ModelError if the checkpoint cannot be had."""
+    free_memory()  # a model that was here before goes first: patched forwards are cycles, which wait for the collector
     dtype, _ = compute_dtype()
     # before the first allocation: batches of many sizes would else leave gaps in the GPU memory that none of them fits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     # a checkpoint in 4 bits brings its own config, which any that is passed, None too, would replace
     quantise = {} if hasattr(_load(AutoConfig, config), "quantization_config") else {"quantization_config": nf4}
-    model = _load(AutoModelForCausalLM, config, dtype=dtype, device_map={"": 0 if torch.cuda.is_available() else "cpu"}, **quantise)
+    device = 0 if torch.cuda.is_available() else "cpu"
+    model = _load(AutoModelForCausalLM, config, dtype=dtype, use_safetensors=True, device_map={"": device}, **quantise)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = dtype  # a checkpoint quantised elsewhere brings its own
@@ -60,6 +64,7 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
             # would then train without their gradient.
             module.support_avx512bf16_for_cpu = False
     use_packed_attention(model)
+    model.name_or_path = config.base_model  # not where this machine keeps it: an adapter names it, and is checked against it
     return model.eval()
 
 
@@ -69,8 +74,8 @@ def _load(auto_class, config: RunConfig, **options):
     try:
         if quiet:
             logging.disable_progress_bar()
-        return auto_class.from_pretrained(source, **options)
-    except OSError as error:
+        return auto_class.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:  # a ValueError: it asks for code of its own to be run
         raise ModelError(f"the base model {config.base_model!r} cannot be loaded: {str(error).splitlines()[0]} Check the name and the "
                          "connection; a model with conditions needs a token (HF_TOKEN) whose owner accepted them.") from error
     finally:
@@ -86,18 +91,19 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
 
 
 def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
-    """Write the adapter to `folder` as safetensors, whole or not at all. It names the base model, not where this machine keeps it."""
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    """Write the adapter to `folder` as safetensors, whole or not at all. It names the base model, not where this machine keeps it.
+    Raises WorkspaceError if it cannot be written."""
     model.peft_config["default"].base_model_name_or_path = config.base_model
-    model.save_pretrained(beside, save_embedding_layers=False)
-    (beside / "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in; 04 writes the model card
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    with tempfile.TemporaryDirectory() as made, writing(folder):
+        model.save_pretrained(made, save_embedding_layers=False)
+        Path(made, "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in; 04 writes the model card
+        copy_folder(Path(made), folder)
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """`model` with the adapter that `save_adapter` wrote to `folder`, ready to score."""
+    """`model`, from `load_base_model`, with the adapter that `save_adapter` wrote to `folder`, ready to score. Raises ModelError,
+    before anything of it is loaded, for a folder that holds anything but plain LoRA weights of this base model."""
+    check_adapter(model, Path(folder))
     with _quiet():
         return _checked(PeftModel.from_pretrained(model, folder)).eval()
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,26 +11,34 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, free_memory
+from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.config import RunConfig
-from qlora_helpers.errors import ModelError
+from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
+from qlora_helpers.resuming import ResumableTrainer
 from qlora_helpers.scoring import label_logits
 from qlora_helpers.widgets import LossPanel
-from qlora_helpers.workspace import Workspace, write_text
+from qlora_helpers.workspace import Workspace
 
 NOTEBOOK = "03_qlora_training"
+
 
 class _Watch(TrainerCallback):
     """Adds the time to what is logged, counts the steps that the float16 scaler skipped after an overflow, and feeds the loss panel."""
 
     def __init__(self, trainer: "LabelTrainer"):
         self.trainer, self.panel, self.skipped_steps = trainer, None, 0
+        self.before, self.start = 0.0, time.perf_counter()  # seconds spent before the training went on
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
 
     def on_train_begin(self, *args, **kwargs):
         self.start = time.perf_counter()
@@ -39,7 +47,7 @@ class _Watch(TrainerCallback):
         self.skipped_steps += self.trainer.accelerator.optimizer_step_was_skipped
 
     def on_log(self, args, state, control, **kwargs):
-        seconds = time.perf_counter() - self.start
+        seconds = self.seconds
         state.log_history[-1]["seconds"] = round(seconds, 2)
         if self.panel and state.global_step:
             left = seconds / state.global_step * (state.max_steps - state.global_step)
@@ -49,31 +57,35 @@ class _Watch(TrainerCallback):
                             f"{left / 60:.1f} minutes left" + ("" if peak is None else f", peak {peak:.1f} GiB of GPU memory"))
 
 
-class LabelTrainer(Trainer):
+class LabelTrainer(ResumableTrainer):
     """The Trainer, with the loss of the label's token alone, seeded length-grouped batches, and scores by epoch.
     The best epoch by validation loss is kept. Its order of rows depends on the seed and the effective batch, never on the
-    batch plan."""
+    batch plan. `fit`, not `train`, writes a checkpoint to the folder `checkpoints` (the workspace's own, if None) after each epoch,
+    every `checkpoint_minutes` and, if given, every `checkpoint_steps`; the result depends on neither."""
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame],
-                 config: RunConfig, plan: BatchPlan, checkpoints: Path):
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame], config: RunConfig,
+                 plan: BatchPlan, checkpoints: Path | None = None, checkpoint_minutes: float = 10.0, checkpoint_steps: int | None = None):
         self.label_words, self.label_ids = label_words(tokenizer, config.labels), label_token_ids(tokenizer, config.labels)
+        self.checkpoint_folder = checkpoints
         self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
-        self._losses = []  # of the micro-batches since the last optimizer step
+        self._peak_before, self._losses = None, []  # losses of the micro-batches since the last optimizer step
         encoded = {split: datasets.Dataset.from_dict({
             "input_ids": encode_prompts(tokenizer, subset[split].text.tolist(), config.max_length),
             "labels": subset[split].label.tolist(), "row": range(len(subset[split]))}) for split in ("train", "validation")}
         dtype, _ = compute_dtype()
         super().__init__(
+            checkpoint_minutes=checkpoint_minutes, checkpoint_steps=checkpoint_steps,
             model=model, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=self._collate,
             compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist(), config.labels),
             args=TrainingArguments(
-                output_dir=str(checkpoints), seed=config.seed, num_train_epochs=config.num_epochs,
+                output_dir=tempfile.gettempdir(),  # it writes nothing there: `_save_checkpoint` is not the Trainer's
+                seed=config.seed, num_train_epochs=config.num_epochs,
                 per_device_train_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
                 per_device_eval_batch_size=plan.micro_batch_size, learning_rate=config.learning_rate,
                 warmup_steps=config.warmup_ratio, lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
                 weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
                 use_cpu=model.device.type == "cpu", eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
-                save_total_limit=1, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+                metric_for_best_model="eval_loss", greater_is_better=False,
                 logging_steps=1, remove_unused_columns=False, report_to="none",
                 dataloader_pin_memory=model.device.type == "cuda"))
         self.watch = _Watch(self)
@@ -89,9 +101,12 @@ class LabelTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         # The Trainer's own draws from the global generator, which dropout also advances: the order of the second epoch
         # would then depend on the micro-batch.
-        return LengthGroupedSampler(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
-                                    lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
-                                    generator=torch.Generator().manual_seed(self.config.seed))
+        sampler = LengthGroupedSampler(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
+                                       lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
+                                       generator=torch.Generator().manual_seed(self.config.seed))
+        for _ in range(self.epochs_before):
+            iter(sampler)  # draws the order of an epoch
+        return sampler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A micro-batch's forward and backward pass. Out of memory, it keeps fewer activations from here on, or halves the
@@ -155,25 +170,70 @@ class LabelTrainer(Trainer):
             loss, logits = self.compute_loss(model, inputs, return_outputs=True)
         return loss, logits, inputs["labels"]
 
+    def facts(self) -> dict:
+        return {"seconds": self.watch.seconds, "skipped_steps": self.watch.skipped_steps, "plan": vars(self.plan),
+                "peak_gib": self.peak_gib()}
+
+    def take_over(self, facts: dict) -> None:
+        self.watch.before, self.watch.skipped_steps = facts["seconds"], facts["skipped_steps"]
+        self.plan, self._peak_before = BatchPlan(**facts["plan"]), facts["peak_gib"]
+
+    def peak_gib(self) -> float | None:
+        peak = round(torch.cuda.max_memory_reserved() / 2**30, 2) if self.model.device.type == "cuda" else None
+        return max(filter(None, (peak, self._peak_before)), default=None)
+
     def fit(self, workspace: Workspace, panel: LossPanel | None = None) -> dict:
         """Train, write adapter/ (of the best epoch) and training.json to `workspace`, and return the loss history, shown in `panel`.
-        A finished training with this very config and subset is not repeated; one with other settings is kept in earlier/."""
-        if workspace.is_current(NOTEBOOK, self.config):
-            print("This workspace holds the finished training with these settings: nothing to do.")
-            history = json.loads((workspace / "training.json").read_text(encoding="utf-8"))
-        else:
-            if earlier := workspace.set_aside(NOTEBOOK, ["adapter", "training.json"]):
-                print(f"An earlier training was made with other settings or data. It is kept in {earlier.relative_to(workspace.path)}.")
-            shutil.rmtree(self.args.output_dir, ignore_errors=True)
-            start, self.watch.panel = time.perf_counter(), panel
-            self.train()
-            history = self.history(time.perf_counter() - start)
-            save_adapter(self.model, self.config, workspace / "adapter")
-            write_text(workspace / "training.json", json.dumps(history, indent=1))
-            workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+
+        A training that was stopped goes on from its newest complete checkpoint, to the result that it would have had. A finished
+        training with this very config and subset is not repeated; one with other settings is kept in earlier/. Raises TrainingStopped
+        after an interrupt, and WorkspaceError if an unfinished training has other settings or another process is writing here."""
+        with workspace.hold(NOTEBOOK):
+            try:
+                history = self._fit(workspace, panel)
+            except KeyboardInterrupt:
+                raise TrainingStopped("Stopped while files were read or written: nothing is lost. Run this notebook again.") from None
         if panel:
             panel.load()
         return history
+
+    def _fit(self, workspace: Workspace, panel: LossPanel | None) -> dict:
+        workspace.fingerprints("02_data_subset")  # still those that the rows in memory were read from
+        lora = self.model.peft_config["default"]
+        settings = json.loads(self.config.to_json()) | {f"LoraConfig.{name}": value for name, value in lora.to_dict().items()
+                                                      if name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+        settings["LoraConfig.target_modules"] = sorted(lora.target_modules)
+        data = workspace.require("02_data_subset")["files"]
+        self.checkpoints = Checkpoints(self.checkpoint_folder or workspace / "checkpoints", {"settings": settings, "data": data})
+        if workspace.is_current(NOTEBOOK, self.config):
+            print("This workspace holds the finished training with these settings: nothing to do.")
+            self.checkpoints.finish()
+            return workspace.read_json(NOTEBOOK, "training.json")
+        folder = self.find()
+        self._clear(workspace)
+        self.checkpoints.prepare()
+        self.watch.panel = panel
+        try:
+            self.run(folder)
+        except TrainingStopped as stopped:
+            if panel:
+                panel.show(self.history(self.watch.seconds), str(stopped))
+            raise
+        history = self.history(self.watch.seconds)
+        save_adapter(self.model, self.config, workspace / "adapter")
+        workspace.write("training.json", json.dumps(history, indent=1))
+        workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+        self.checkpoints.finish()
+        return history
+
+    def _clear(self, workspace: Workspace) -> None:
+        why = "An earlier training was made with other settings."
+        try:
+            workspace.require(NOTEBOOK)
+        except WorkspaceError as error:
+            why = str(error)
+        if earlier := workspace.set_aside(NOTEBOOK, ["adapter", "training.json"]):
+            print(f"{why} What it wrote is kept in {earlier.relative_to(workspace.path)}.")
 
     def history(self, seconds: float) -> dict:
         """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed,
@@ -192,7 +252,3 @@ class LabelTrainer(Trainer):
             "plan": vars(self.plan),
             "label_words": self.label_words,
         }
-
-    def peak_gib(self) -> float | None:
-        """The most GPU memory that was ever reserved, in GiB; None on a CPU."""
-        return round(torch.cuda.max_memory_reserved() / 2**30, 2) if self.model.device.type == "cuda" else None

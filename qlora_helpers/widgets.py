@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -33,12 +32,11 @@ class LossPanel(ipw.VBox):
 
     def load(self) -> "LossPanel":
         """Show the workspace's finished training, with the controls. Works in a runtime that never trained."""
-        self._earlier = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-                         for path in sorted((self.workspace / "earlier").glob("*/training.json"))}
+        self._earlier = self.workspace.earlier_json("training.json")
         self.earlier.options = tuple(self._earlier)
         controls = [ipw.HBox([self.smoothing, self.log_scale]), self.x] + [self.earlier] * bool(self._earlier)
         self.children = [self.status, self.picture, *controls]
-        self.show(json.loads((self.workspace / "training.json").read_text(encoding="utf-8")))
+        self.show(self.workspace.read_json("03_qlora_training", "training.json"))
         return self
 
     def live(self, history: Callable[[], dict], status: str) -> None:

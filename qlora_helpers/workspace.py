@@ -9,15 +9,19 @@ from pathlib import Path
 
 from qlora_helpers.config import RunConfig, default_profile, project_folder
 from qlora_helpers.errors import WorkspaceError
+from qlora_helpers.files import cannot_write, flush, read_file, reason, sealed, sha256, unsealed, write_file, write_text
+from qlora_helpers.lock import Lock
 
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn"]
 
 
 class Workspace:
-    """A run's folder. Each notebook publishes its files there under a manifest that is written last."""
+    """A run's folder. Each notebook publishes its files there under a manifest that is written last. One process at a time writes."""
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
+        self.opened = {}  # the fingerprint of each notebook's work as `open_workspace` found it
+        self._lock = Lock(self.path)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -33,44 +37,106 @@ class Workspace:
             return cls(project_folder() / os.environ["QLORA_WORKSPACE"])
         return cls((drive / "qlora_ag_news" if drive.is_dir() else project_folder() / "runs") / default_profile())
 
+    def write(self, name: str, data: bytes | str) -> None:
+        """Write the file `name`, whole or not at all. Raises WorkspaceError if it cannot be, or if another process is writing here."""
+        with self.hold(name):
+            write_file(self / name, data.encode() if isinstance(data, str) else data)
+
+    def hold(self, purpose: str):
+        """A context in which no other process writes here. Raises WorkspaceError if one does already, which it names."""
+        return self._lock.hold(purpose)
+
     def publish(self, notebook: str, config: RunConfig, files: list[str], inputs: tuple[str, ...] = (), **facts) -> dict:
         """Write the manifest of `notebook`: the SHA-256 of each of `files` (paths or folders inside the workspace),
         the config, the fingerprints of the notebooks it read from (`inputs`), package versions, and `facts`."""
-        paths = [path for name in files for path in (sorted((self / name).rglob("*")) if (self / name).is_dir() else [self / name])]
-        made = {path.relative_to(self.path).as_posix(): _sha256(path) for path in paths if not path.is_dir()}
-        identity = {"config": json.loads(config.to_json()), "files": made,
-                    "inputs": {name: self.require(name)["fingerprint"] for name in inputs}}
-        manifest = {
-            "notebook": notebook, **identity, **facts,
-            "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        write_text(self._manifest(notebook), json.dumps(manifest, indent=2))
+        with self.hold(notebook):
+            paths = [path for name in files for path in (sorted((self / name).rglob("*")) if (self / name).is_dir() else [self / name])]
+            paths = [path for path in paths if not path.is_dir()]
+            made = {}
+            for path in paths:
+                try:
+                    made[path.relative_to(self.path).as_posix()] = sha256(path)
+                    flush(path)
+                except OSError as error:
+                    raise WorkspaceError(f"{path} cannot be published ({reason(error)}). Run notebooks/{notebook}.ipynb again.") from error
+            identity = {"config": json.loads(config.to_json()), "files": made, "inputs": self.fingerprints(*inputs)}
+            manifest = {
+                "notebook": notebook, **identity, **facts,
+                "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+                "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+                "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            write_text(self._manifest(notebook), sealed(manifest))
         return manifest
+
+    def fingerprints(self, *notebooks: str) -> dict[str, str]:
+        """Of what each notebook published. Raises WorkspaceError if one has run again, with other settings or data, since this
+        workspace was opened: what was read then is no longer what is here."""
+        found = {name: self.require(name)["fingerprint"] for name in notebooks}
+        for name, fingerprint in found.items():
+            if self.opened.get(name, fingerprint) != fingerprint:
+                raise WorkspaceError(f"{name} was run with other settings or data after this notebook had read what it wrote. Run this "
+                                     "notebook again from its start.")
+        return found
 
     def require(self, notebook: str) -> dict:
         """The manifest of `notebook`, if all that it names is there, unchanged, and made from what is there now.
         Raises WorkspaceError that names the file and the notebook to run."""
-        remedy = f"Run notebooks/{notebook}.ipynb" + (" again." if self._manifest(notebook).exists() else " first.")
+        remedy = f"Run notebooks/{notebook}.ipynb" + (" again." if self.has(notebook) else " first.")
         try:
-            manifest = json.loads(self._manifest(notebook).read_text(encoding="utf-8"))
+            manifest = unsealed(read_file(self._manifest(notebook)))
             files, inputs = manifest["files"], manifest["inputs"]
         except FileNotFoundError:
             raise WorkspaceError(f"{self} holds nothing from {notebook} yet. {remedy}") from None
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise WorkspaceError(f"{self._manifest(notebook)} cannot be read ({error}). {remedy}") from error
+        except (OSError, ValueError, LookupError, RecursionError) as error:
+            raise WorkspaceError(f"{self._manifest(notebook)} cannot be read ({reason(error)}). {remedy}") from error
+        if manifest["notebook"] != notebook:
+            raise WorkspaceError(f"{self._manifest(notebook)} is the manifest of {manifest['notebook']}. {remedy}")
         for name, digest in files.items():
             try:
-                changed = _sha256(self / name) != digest
+                changed = sha256(self / name) != digest
             except OSError as error:
-                raise WorkspaceError(f"{self / name} cannot be read ({error.strerror}). {remedy}") from error
+                raise WorkspaceError(f"{self / name} cannot be read ({reason(error)}). {remedy}") from error
             if changed:
                 raise WorkspaceError(f"{self / name} is not what {notebook} wrote. {remedy}")
         for name, fingerprint in inputs.items():
             if self.require(name)["fingerprint"] != fingerprint:
                 raise WorkspaceError(f"what {notebook} wrote was made before {name} was run with other settings or data. {remedy}")
         return manifest
+
+    def has(self, notebook: str) -> bool:
+        """True if there is a manifest of `notebook`, whatever it is worth."""
+        return os.path.lexists(self._manifest(notebook))
+
+    def find_json(self, notebook: str, name: str) -> dict | None:
+        """What `notebook` wrote to the JSON file `name`; None if it has not run. Raises WorkspaceError if what it left is not whole."""
+        if not self.has(notebook) and not os.path.lexists(self / name):
+            return None
+        self.require(notebook)
+        return self.read_json(notebook, name)
+
+    def read_json(self, notebook: str, name: str) -> dict:
+        """What `notebook` wrote to the JSON file `name`, checked by its manifest if it has published one.
+        Raises WorkspaceError that names what is wrong and the notebook to run."""
+        if self.has(notebook):
+            self.require(notebook)
+        try:
+            return json.loads(read_file(self / name))
+        except (OSError, ValueError) as error:
+            raise WorkspaceError(f"{self / name} cannot be read ({reason(error)}). Run notebooks/{notebook}.ipynb again.") from error
+
+    def earlier_json(self, name: str) -> dict[str, dict]:
+        """The JSON file `name` of each folder in earlier/. One that is damaged is left out, with a line that says so."""
+        found = {}
+        for path in sorted((self / "earlier").glob(f"*/{name}")):
+            try:
+                manifest = path.with_name("manifest.json")
+                if os.path.lexists(manifest) and unsealed(read_file(manifest))["files"].get(name) != sha256(path):
+                    raise ValueError("it is not what was set aside")
+                found[path.parent.name] = json.loads(read_file(path))
+            except (OSError, ValueError, LookupError) as error:
+                print(f"{path} is left out: {reason(error)}. Delete its folder if it is not wanted.")
+        return found
 
     def is_current(self, notebook: str, config: RunConfig) -> bool:
         """True if `notebook` has published with this very config, and nothing it read or wrote has changed since."""
@@ -85,10 +151,13 @@ class Workspace:
         if not self._manifest(notebook).exists() or not present:
             return None
         earlier = self / "earlier" / time.strftime(f"{notebook}-%Y%m%d-%H%M%S", time.gmtime())
-        earlier.mkdir(parents=True)
-        os.replace(self._manifest(notebook), earlier / "manifest.json")  # first: what is left is then unpublished, never half
-        for name in present:
-            os.replace(self / name, earlier / name)
+        try:
+            earlier.mkdir(parents=True, exist_ok=True)
+            os.replace(self._manifest(notebook), earlier / "manifest.json")  # first: what is left is then unpublished, never half
+            for name in present:
+                os.replace(self / name, earlier / name)
+        except OSError as error:
+            raise cannot_write(earlier, error) from error
         return earlier
 
     def _manifest(self, notebook: str) -> Path:
@@ -100,22 +169,11 @@ def open_workspace(*notebooks: str) -> tuple[Workspace, RunConfig]:
     Raises WorkspaceError that names the notebook to run, ConfigError if the environment asks for other settings."""
     workspace = Workspace.locate()
     workspace.require("01_setup")
-    config = RunConfig.from_json((workspace / "config.json").read_text(encoding="utf-8"))
+    config = RunConfig.from_json(read_file(workspace / "config.json").decode())
     config.check_environment()
     for notebook in notebooks:
-        if workspace.require(notebook)["config"] != json.loads(config.to_json()):
+        manifest = workspace.require(notebook)
+        if manifest["config"] != json.loads(config.to_json()):
             raise WorkspaceError(f"what {notebook} wrote was made with other settings. Run notebooks/{notebook}.ipynb again.")
+        workspace.opened[notebook] = manifest["fingerprint"]
     return workspace, config
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `path` whole or not at all: beside it first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,12 +1,14 @@
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ConfigError, WorkspaceError
-from qlora_helpers.workspace import Workspace, open_workspace, write_text
+from qlora_helpers.files import write_text
+from qlora_helpers.workspace import Workspace, open_workspace
 
 
 @pytest.fixture
@@ -170,3 +172,52 @@ def test_a_relative_workspace_is_the_same_from_the_notebooks_folder(tmp_path, mo
 def test_a_workspace_can_be_moved(run, config, tmp_path):
     shutil.move(run.path, tmp_path / "elsewhere")
     assert Workspace(tmp_path / "elsewhere").is_current("03_qlora_training", RunConfig.from_json(config.to_json()))
+
+
+@pytest.mark.parametrize(("old", "new"), [('"best_epoch": 2', '"best_epoch": 3'), ('"seed": 42', '"seed": 7'), ('seal": "', 'seal": "0')])
+def test_an_edited_manifest_is_named(run, old, new):
+    path = run / "manifests" / "03_qlora_training.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(WorkspaceError, match=r"03_qlora_training.json cannot be read \(it is torn, or was changed .*Run notebooks/03"):
+        run.require("03_qlora_training")
+
+
+def test_a_manifest_in_the_place_of_another_is_named(run):
+    shutil.copy(run / "manifests" / "02_data_subset.json", run / "manifests" / "03_qlora_training.json")
+    with pytest.raises(WorkspaceError, match="03_qlora_training.json is the manifest of 02_data_subset. Run notebooks/03_qlora_training"):
+        run.require("03_qlora_training")
+
+
+def test_what_a_notebook_may_have_written_is_found_or_none_or_named(run, config):
+    assert run.find_json("04_evaluation", "adapter/calibration.json") is None
+    run.write("adapter/calibration.json", '{"temperature": 2.5}')
+    with pytest.raises(WorkspaceError, match="holds nothing from 04_evaluation yet. Run notebooks/04_evaluation.ipynb first."):
+        run.find_json("04_evaluation", "adapter/calibration.json")  # it was stopped before it published
+    run.publish("04_evaluation", config, ["adapter/calibration.json"], inputs=("03_qlora_training",))
+    assert run.find_json("04_evaluation", "adapter/calibration.json") == {"temperature": 2.5}
+    (run / "adapter" / "calibration.json").unlink()
+    with pytest.raises(WorkspaceError, match="calibration.json cannot be read .* Run notebooks/04_evaluation.ipynb again."):
+        run.find_json("04_evaluation", "adapter/calibration.json")
+
+
+def test_what_was_read_must_still_be_there_when_it_is_built_upon(run, config):
+    opened, _ = open_workspace("02_data_subset")
+    run.write("subset/train.parquet", "newer rows")
+    run.publish("02_data_subset", config, ["subset"], inputs=("01_setup",))
+    with pytest.raises(WorkspaceError, match="02_data_subset was run with other settings or data after this notebook had read"):
+        opened.publish("03_qlora_training", config, ["adapter"], inputs=("02_data_subset",))
+
+
+def test_a_folder_in_the_place_of_a_file_is_replaced(run):
+    (run / "training.json").unlink()
+    (run / "training.json" / "inside").mkdir(parents=True)
+    run.write("training.json", "{}")
+    assert (run / "training.json").read_text() == "{}"
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run):
+    (run / "training.json").unlink()
+    os.mkfifo(run / "training.json")
+    with pytest.raises(WorkspaceError, match="training.json cannot be read .Not an ordinary file.. Run notebooks/03_qlora_training"):
+        run.require("03_qlora_training")
