@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from qlora_helpers.adapter_files import SETTINGS, settings_json
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.lora import fuse_lora
@@ -86,12 +87,14 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
 
 
 def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
-    """Write the adapter to `folder` as safetensors, whole or not at all. It names the base model, not where this machine keeps it."""
+    """Write the adapter to `folder` as safetensors, whole or not at all. It names the base model, not where this machine keeps it,
+    and `qlora_config.json` beside the weights says what else is needed to use it alone."""
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     model.peft_config["default"].base_model_name_or_path = config.base_model
     model.save_pretrained(beside, save_embedding_layers=False)
     (beside / "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in; 04 writes the model card
+    (beside / SETTINGS).write_text(settings_json(config), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)
 
