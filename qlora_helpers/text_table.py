@@ -37,10 +37,9 @@ def read_texts(data: bytes, name: str = "") -> tuple[pd.DataFrame, list[str]]:
         return pd.DataFrame({"text": texts}, dtype=object), texts
     text = _decode(data, name)
     for delimiter in ",;\t":
-        rows = _rows(text, delimiter, name)
-        header = [cell.strip().lower() for cell in rows[0]] if rows else []
-        columns = [header.index(column) for column in _text_columns(header)]
-        if columns:
+        header = [cell.strip().lower() for cell in next(csv.reader(text.splitlines()[:1], delimiter=delimiter), [])]
+        if columns := [header.index(column) for column in _text_columns(header)]:
+            rows = _rows(text, delimiter, name)
             return _table(rows[1:], rows[0], columns, name, first=2)
     rows = _rows(text, ",", name)
     width = max(map(len, rows), default=1)
