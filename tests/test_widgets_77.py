@@ -1,4 +1,4 @@
-"""test_widgets.py again under ipywidgets 7.7.1, which Colab has: in a process of its own, from a folder that comes before this environment's."""
+"""test_widgets.py again under ipywidgets 7.7.1, which Colab has: in a process of its own, from a folder that comes first."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def test_the_panels_under_ipywidgets_77(environment):
     version = subprocess.run([sys.executable, "-c", "import ipywidgets; print(ipywidgets.__version__)"], env=environment, cwd=ROOT,
                              capture_output=True, text=True)
     assert version.stdout == "7.7.1\n", version.stderr
-    done = subprocess.run([sys.executable, "-m", "pytest", "--override-ini=addopts=", "-q", "-p", "no:cacheprovider", "tests/test_widgets.py"],
-                          env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "pytest", "--override-ini=addopts=", "-q", "-p", "no:cacheprovider", "tests/test_widgets.py"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout
