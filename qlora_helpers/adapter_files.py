@@ -52,7 +52,7 @@ def read_temperature(folder: Path) -> float:
 
 
 def find_adapter(source: str | os.PathLike) -> Path:
-    """The folder `source`, or a copy of the hub's `account/name` in the user's cache: JSON and safetensors alone, nothing that could run.
+    """The folder `source`, or a copy of the hub's `account/name` in the user's cache: its settings and weights, nothing that could run.
     Raises ModelError if it is neither."""
     folder, name = Path(source).expanduser(), str(source)
     if folder.is_dir():
@@ -60,7 +60,7 @@ def find_adapter(source: str | os.PathLike) -> Path:
     if name.count("/") != 1 or name[0] in "./~" or name[-1] == "/":
         raise ModelError(f"there is no adapter folder {name!r} here, and a name on the hub would be account/name.")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=[SETTINGS, WEIGHTS, "adapter_config.json", "calibration.json"]))
     except Exception as error:  # the hub raises a dozen kinds; the reader needs one message
         raise ModelError(f"{name!r} is not a folder here and cannot be loaded from the hub ({type(error).__name__}). Check the name and "
                          "the connection; a private adapter needs a token (HF_TOKEN).") from error
