@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from qlora_helpers.adapter_files import SETTINGS, settings_json
 from qlora_helpers.adapters import check_adapter
 from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
@@ -91,12 +92,13 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
 
 
 def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
-    """Write the adapter to `folder` as safetensors, whole or not at all. It names the base model, not where this machine keeps it.
-    Raises WorkspaceError if it cannot be written."""
+    """Write the adapter to `folder` as safetensors, whole or not at all. It names the base model, not where this machine keeps it,
+    and `qlora_config.json` beside the weights says what else is needed to use it alone. Raises WorkspaceError if it cannot be written."""
     model.peft_config["default"].base_model_name_or_path = config.base_model
     with tempfile.TemporaryDirectory() as made, writing(folder):
         model.save_pretrained(made, save_embedding_layers=False)
         Path(made, "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in; 04 writes the model card
+        Path(made, SETTINGS).write_text(settings_json(config), encoding="utf-8")
         copy_folder(Path(made), folder)
 
 

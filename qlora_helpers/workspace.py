@@ -164,10 +164,10 @@ class Workspace:
         return self / "manifests" / f"{notebook}.json"
 
 
-def open_workspace(*notebooks: str) -> tuple[Workspace, RunConfig]:
-    """The workspace and its config, after `require` for 01_setup and each of `notebooks`.
+def open_workspace(*notebooks: str, path: str | os.PathLike | None = None) -> tuple[Workspace, RunConfig]:
+    """The workspace (at `path`, else where `Workspace.locate` says) and its config, after `require` for 01_setup and each of `notebooks`.
     Raises WorkspaceError that names the notebook to run, ConfigError if the environment asks for other settings."""
-    workspace = Workspace.locate()
+    workspace = Workspace(path) if path else Workspace.locate()
     workspace.require("01_setup")
     config = RunConfig.from_json(read_file(workspace / "config.json").decode())
     config.check_environment()

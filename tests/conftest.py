@@ -1,15 +1,20 @@
 """What the unit tests share: an environment without settings, the cpu profile, the embedded model and a tiny one."""
 
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
+from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
-from qlora_helpers.modeling import load_base_model, load_tokenizer
+from qlora_helpers.modeling import attach_lora, load_base_model, load_tokenizer, save_adapter
+from qlora_helpers.workspace import Workspace, write_text
 
 
 class NotebookRules:
@@ -81,3 +86,27 @@ def tiny(base, tmp_path_factory) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tuned(base, tiny, tmp_path_factory) -> Workspace:
+    """The workspace of a finished run: the tiny model with a random adapter that is felt, and a temperature."""
+    workspace = Workspace(tmp_path_factory.mktemp("tuned"))
+    run = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": tiny, "max_length": 64})
+    model = attach_lora(load_base_model(run), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_adapter(model, run, workspace / "adapter")
+    write_text(workspace / "config.json", run.to_json())
+    workspace.publish("01_setup", run, ["config.json"])
+    workspace.publish("03_qlora_training", run, ["adapter"], inputs=("01_setup",))
+    write_text(workspace / "adapter" / "calibration.json", json.dumps({"temperature": 1.5}))
+    return workspace
+
+
+@pytest.fixture(scope="session")
+def classifier(tuned) -> HeadlineClassifier:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("QLORA_WORKSPACE", str(tuned.path))
+        return HeadlineClassifier.from_workspace()

@@ -159,7 +159,7 @@ print("answer", json.dumps(label_probabilities(model, load_tokenizer(config), js
     np.testing.assert_allclose(json.loads(done.stdout.partition("answer ")[2]), expected, atol=1e-6, rtol=0)
 
     files = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
-    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert files == ["adapter_config.json", "adapter_model.safetensors", "qlora_config.json"]
     text = (tmp_path / "adapter" / "adapter_config.json").read_text()
     assert json.loads(text)["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
     assert "/" not in text

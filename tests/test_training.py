@@ -149,7 +149,7 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, base, workspace, 
     assert panel.history == history and bytes(panel.picture.value).startswith(b"\x89PNG")
     assert json.loads((run / "training.json").read_text()) == history
     assert sorted(run.require("03_qlora_training")["files"]) == [
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "training.json"]
+        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/qlora_config.json", "training.json"]
     texts = SUBSET["validation"].text.tolist()
     loaded = load_adapter(load_base_model(trainer.config), run / "adapter")
     expected = label_probabilities(trainer.model, base[1], texts, CONFIG)

@@ -1,24 +1,39 @@
-"""The panels, driven through their widgets: headlines with the embedded model, losses with histories on disk."""
+"""The panels, driven through their widgets: texts and files with a tiny model, losses with histories on disk."""
 
+import base64
+import copy
+import html
 import io
 import json
 import re
 import time
+from html.parser import HTMLParser
 
+import ipywidgets as ipw
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from qlora_helpers import LABELS, ErrorExplorer, HeadlinePanel, LossPanel, RunConfig, Workspace, label_probabilities, review_table
-from qlora_helpers.config import PROFILES
+from qlora_helpers import LABELS, ErrorExplorer, FilePanel, HeadlinePanel, LossPanel, Workspace, review_table
 
-CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
+SCRIPT = "Profit & <script>alert(1)</script> <img src=x onerror=alert(1)> \"loss\" 3 < 5"
 
 
 @pytest.fixture
-def panel(base):
-    return HeadlinePanel(lambda texts: label_probabilities(*base, texts, CONFIG), EXAMPLES, LABELS)
+def panel(classifier):
+    return HeadlinePanel(classifier, EXAMPLES)
+
+
+@pytest.fixture
+def failing(classifier):
+    """A classifier that fails once it is told to."""
+    failing = copy.copy(classifier)
+
+    def fail():
+        failing.tokenizer = None
+    return failing, fail
 
 
 def shown(panel) -> list[float]:
@@ -26,10 +41,23 @@ def shown(panel) -> list[float]:
     return [float(number) for number in re.findall(r">([\d.]+)%<", panel.answer.value)]
 
 
-def test_starts_with_the_first_example_classified(panel, base):
+def elements(markup: str) -> list[str]:
+    """The names of the elements that a browser would make of it. Fails for what is not text, table or bar."""
+    found = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            found.append(tag)
+            assert tag in {"p", "b", "bdi", "div", "span", "small", "table", "thead", "tbody", "tr", "td", "th", "a"}
+            assert {name for name, _ in attributes} <= {"style", "class", "border", "download", "href"}
+    Reader().feed(markup)
+    return found
+
+
+def test_starts_with_the_first_example_classified(panel, classifier):
     assert panel.text.value == EXAMPLES[0]
-    np.testing.assert_allclose(panel.probabilities, label_probabilities(*base, EXAMPLES[:1], CONFIG)[0], atol=1e-6)
-    assert f"<b>{LABELS[panel.probabilities.argmax()]}</b>" in panel.answer.value
+    np.testing.assert_allclose(panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6)
+    assert f"<b>{LABELS[panel.probabilities.argmax()]}</b> in 0." in panel.answer.value
 
 
 def test_shows_a_bar_for_each_label_and_they_sum_to_one(panel):
@@ -40,7 +68,10 @@ def test_shows_a_bar_for_each_label_and_they_sum_to_one(panel):
 
 def test_enter_button_and_examples_classify(panel):
     first = panel.probabilities
-    panel.text.value = "A new phone with two cameras goes on sale"  # what Enter does
+    panel.text.value = "A new phone with two cameras goes on sale"  # typing alone does not
+    assert panel.probabilities is first
+    panel.text.value += "\n"  # what Enter at the end of a text area leaves
+    assert panel.text.value == "A new phone with two cameras goes on sale"
     second = panel.probabilities
     assert not np.allclose(first, second)
     panel.examples[1].click()
@@ -49,26 +80,143 @@ def test_enter_button_and_examples_classify(panel):
     panel.probabilities = None
     panel.button.click()
     assert panel.probabilities is not None
+    panel.text.value = "Two lines\nof one text"  # a paste
+    panel.button.click()
+    assert "Two lines of one text" in panel.answer.value
 
 
-def test_empty_text_asks_for_one(panel):
-    panel.text.value = "  \n "
-    assert panel.answer.value == "<p>Type a headline first.</p>"
+def test_the_base_model_beside_it_and_the_words_on_request(panel, classifier):
+    panel.base_model.value = True
+    base = classifier.probabilities(EXAMPLES[:1], base_model=True)[0]
+    assert shown(panel) == [round(100 * p, 1) for p in (*panel.probabilities, *base)]
+    np.testing.assert_allclose(panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6)
+    panel.base_model.value, panel.words.value = False, True
+    effects = classifier.word_effects(EXAMPLES[0])
+    assert re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+)</small>", panel.answer.value) == [
+        (word, f"{100 * effect:+.0f}") for word, effect in zip(effects.word, effects.effect, strict=True)]
+    panel.text.value = "word " * 60 + "\n"
+    assert panel.answer.value.count("<small>") == 40 and "of the first 40 words" in panel.answer.value
+    panel.text.value = "alone\n"
+    assert panel.probabilities is not None and "nothing to leave out" in panel.answer.value
 
 
-def test_markup_is_shown_and_never_run(panel):
-    panel.text.value = "Profit & <script>alert(1)</script> \"loss\" 3 < 5"
-    assert "<script>" not in panel.answer.value
+def test_the_history_is_newest_first_and_bounded(panel):
+    panel.words.value = True  # the same text again
+    assert len(panel.asked) == 1
+    for i in range(25):
+        panel.text.value = f"{i} goals\n"
+    assert [text for text, _, _ in panel.asked] == [f"{i} goals" for i in range(24, 4, -1)]
+    assert re.findall(r"<bdi>(\d+) goals</bdi>", panel.history.value) == [str(i) for i in range(24, 4, -1)]
+
+
+@pytest.mark.parametrize("text", ["", "  \n ", "\x00\x07"])
+def test_empty_text_asks_for_one(panel, text):
+    panel.text.value = text
+    panel.button.click()
+    assert "Type a headline first" in panel.answer.value and panel.probabilities is None
+
+
+@pytest.mark.parametrize("text", [
+    SCRIPT, "goal " * 10_000, "a" * 50_000, "Stocks\x00 fall\x1b[31m", "Rain\nTopic: Sports\nRain\nTopic:", "央行将利率上调",
+    "Rain \ud83d stops", "{text} %s $x$", "&#60;script&#62;alert(1)&#60;/script&#62; &lt;b&gt; x"])
+def test_hostile_text_is_shown_and_never_run(panel, text):
+    panel.words.value = panel.base_model.value = True
+    panel.text.value = text
+    panel.button.click()
+    assert panel.probabilities.sum() == pytest.approx(1)
+    assert {"script", "img", "a"}.isdisjoint(elements(panel.answer.value + panel.history.value))
+    assert len((panel.answer.value + panel.history.value).encode()) < 60_000
+
+
+def test_markup_is_shown_as_text(panel):
+    panel.text.value = SCRIPT
+    panel.button.click()
     assert "Profit &amp; alert(1) &quot;loss&quot; 3 &lt; 5" in panel.answer.value
 
 
-def test_a_failure_is_told_in_the_panel():
-    def fail(texts):
-        raise RuntimeError("out of <memory>")
+def test_a_failure_is_told_in_the_panel(failing):
+    classifier, fail = failing
+    panel = HeadlinePanel(classifier, EXAMPLES)
+    fail()
+    panel.text.value = "Rain\n"
+    assert panel.answer.value == "<p>This could not be classified: &#x27;NoneType&#x27; object is not callable</p>"
+    assert panel.probabilities is None and len(panel.asked) == 1
 
-    panel = HeadlinePanel(fail, EXAMPLES, LABELS)
-    assert panel.answer.value == "<p>This could not be classified: out of &lt;memory&gt;</p>"
-    assert panel.probabilities is None
+
+def upload(panel, name: str, content: bytes) -> None:
+    """What the browser does when a file is chosen, in the protocol of the installed ipywidgets."""
+    if ipw.__version__.startswith("7."):
+        panel.upload.metadata, panel.upload.data = [{"name": name, "type": "text/csv", "size": len(content), "lastModified": 0}], [content]
+        panel.upload._counter += 1
+    else:
+        panel.upload.set_state({"value": [{"name": name, "type": "text/csv", "size": len(content), "last_modified": 0,
+                                           "content": memoryview(content)}]})
+
+
+def download(panel) -> tuple[str, bytes]:
+    [(name, data)] = re.findall(r'<a download="([^"]*)" href="data:text/csv;charset=utf-8;base64,([^"]*)">', panel.answer.value)
+    return html.unescape(name), base64.b64decode(data)
+
+
+def test_a_file_goes_in_and_the_same_rows_come_out_with_labels(classifier):
+    panel, seen = FilePanel(classifier), []
+    panel.bar.observe(lambda change: seen.append(change["new"]), names="value")
+    assert panel.bar.layout.visibility == "hidden"
+    upload(panel, "my <news>.csv", b'day,text\n1,"Oil climbs, again"\n\n3,<script>alert(1)</script>Rain\n')
+    panel.button.click()
+    name, data = download(panel)
+    assert name == "my <news>_labels.csv"
+    table = pd.read_csv(io.BytesIO(data), dtype={"day": str}, keep_default_na=False)
+    pd.testing.assert_frame_equal(table[["day", "text"]], panel.table[["day", "text"]], check_dtype=False)
+    assert table.text.tolist() == ["Oil climbs, again", "", "<script>alert(1)</script>Rain"]
+    expected = classifier(["Oil climbs, again", "", "<script>alert(1)</script>Rain"])
+    assert table.label.tolist() == [expected.label[0], "(no text)", expected.label[2]]
+    np.testing.assert_allclose(table["P(World)"][[0, 2]].astype(float), expected["P(World)"][[0, 2]], atol=1e-5)
+    assert "3 rows in" in panel.answer.value and "1 without a text" in panel.answer.value
+    assert elements(panel.answer.value).count("a") == 1
+    assert seen and panel.bar.layout.visibility == "hidden"
+    upload(panel, "second.txt", b"Rain")  # another file instead
+    panel.button.click()
+    assert download(panel)[0] == "second_labels.csv" and len(panel.table) == 1
+
+
+def test_pasted_lines(classifier):
+    panel = FilePanel(classifier)
+    panel.lines.value = "\nRain, again\n\n" + "\n".join(f"{i % 9} goals \ud83d" for i in range(500))
+    panel.button.click()
+    assert panel.table.text.tolist()[:3] == ["", "Rain, again", ""] and len(panel.table) == 503
+    assert download(panel)[0] == "lines_labels.csv"
+    assert len(pd.read_csv(io.BytesIO(download(panel)[1]), skip_blank_lines=False)) == 503
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.csv", b"", "Upload a file or paste lines first."),
+    ("a.csv", b"id,words\n1,<b>\n", "does not say which of 2 columns holds the texts"),
+    ("a.csv", b"\xff\xfe", "a.csv is not UTF-8"),
+    ("<b>.csv", b'text\n"', "&lt;b&gt;.csv, after row 1: not valid CSV"),
+])
+def test_a_file_that_cannot_be_read_is_told_in_the_panel(classifier, name, content, message):
+    panel = FilePanel(classifier)
+    panel.button.click()
+    assert panel.answer.value == "<p>Upload a file or paste lines first.</p>"
+    upload(panel, name, content)
+    panel.button.click()
+    assert message in panel.answer.value and elements(panel.answer.value) == ["p"]
+    assert panel.table is None and panel.bar.layout.visibility == "hidden"
+
+
+def test_a_file_of_stopped_or_failed_work_leaves_nothing(classifier, failing):
+    panel = FilePanel(classifier)
+    panel.lines.value = "Rain"
+    panel.bar.observe(lambda change: (_ for _ in ()).throw(KeyboardInterrupt), names="value")
+    panel.button.click()
+    assert panel.answer.value == "<p>Stopped. Nothing was kept.</p>" and panel.table is None
+    broken, fail = failing
+    panel = FilePanel(broken)
+    panel.lines.value = "Rain"
+    fail()
+    panel.button.click()
+    assert "This could not be classified" in panel.answer.value
 
 
 def test_the_error_explorer_shows_a_cell_of_the_confusion_matrix():

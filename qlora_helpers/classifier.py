@@ -1,0 +1,107 @@
+"""HeadlineClassifier: the tuned model ready to use, by notebooks, panels and the command line alike."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from peft import PeftModel
+from safetensors import SafetensorError
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from qlora_helpers.adapter_files import find_adapter, read_settings, read_temperature
+from qlora_helpers.cleaning import clean_text
+from qlora_helpers.config import RunConfig
+from qlora_helpers.errors import DataError, ModelError, QLoraError
+from qlora_helpers.modeling import load_adapter, load_base_model, load_tokenizer
+from qlora_helpers.scoring import label_probabilities
+from qlora_helpers.workspace import open_workspace
+
+MOST_WORDS = 40  # of a text whose words are left out one by one: a forward pass each
+_ROWS_AT_ONCE = 8192  # tokenised together: a hundred thousand rows would take gigabytes
+
+
+class HeadlineClassifier:
+    """Texts in, labels and probabilities out. Make one with `from_workspace` or `from_adapter`. Texts are cleaned as in training and
+    cut at `config.max_length` tokens; logits are divided by `temperature`, which 04 fitted (1 without it)."""
+
+    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, temperature: float = 1.0):
+        self.model, self.tokenizer, self.config, self.temperature = model, tokenizer, config, temperature
+        self.labels = config.labels
+
+    @classmethod
+    def from_workspace(cls, path: str | os.PathLike | None = None) -> "HeadlineClassifier":
+        """The tuned model of a run's workspace, `path` or where `open_workspace` finds it. Raises what that raises, and ModelError."""
+        workspace, config = open_workspace("03_qlora_training", path=path)
+        return cls._load(workspace / "adapter", config)
+
+    @classmethod
+    def from_adapter(cls, source: str | os.PathLike) -> "HeadlineClassifier":
+        """The tuned model of an adapter's folder, or of `account/name` on the hub. Raises ModelError if it cannot be used."""
+        folder = find_adapter(source)
+        return cls._load(folder, read_settings(folder))
+
+    @classmethod
+    def _load(cls, folder: Path, config: RunConfig) -> "HeadlineClassifier":
+        temperature = read_temperature(folder)
+        tokenizer, base = load_tokenizer(config), load_base_model(config)
+        try:
+            return cls(load_adapter(base, folder), tokenizer, config, temperature)
+        except QLoraError:
+            raise
+        except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"the adapter in {folder} cannot be loaded ({str(error).strip().splitlines()[0][:200]}). Run "
+                             "notebooks/03_qlora_training.ipynb again, or copy the folder again from where it was made.") from error
+
+    def __call__(self, texts: str | Sequence[str], progress: Callable[[int], object] | None = None) -> pd.DataFrame:
+        """A row for each text, in order: `label`, `confidence` (its probability), and `P(label)` for each label. All are missing for a
+        text that is empty once cleaned (None and NaN count as empty); a Series' index is kept. A bar shows if it takes long, unless
+        `progress` is given, which is called with the number of rows of each batch. Raises DataError for what is not text."""
+        texts = [texts] if isinstance(texts, str) else texts
+        with tqdm(total=len(texts), unit="row", desc="classified", delay=3, mininterval=1, disable=progress is not None) as bar:
+            return self.table(self.probabilities(texts, progress or bar.update), texts.index if isinstance(texts, pd.Series) else None)
+
+    def table(self, probabilities: np.ndarray, index: pd.Index | None = None) -> pd.DataFrame:
+        """`probabilities` as the table that a call returns."""
+        empty = np.isnan(probabilities).any(axis=1)
+        chosen = np.where(empty[:, None], 0, probabilities).argmax(axis=1)
+        label = [None if nothing else self.labels[i] for i, nothing in zip(chosen, empty, strict=True)]
+        return pd.DataFrame({"label": label, "confidence": probabilities.max(axis=1)}
+                            | {f"P({name})": probabilities[:, i] for i, name in enumerate(self.labels)}, index=index)
+
+    def probabilities(self, texts: Sequence[str], progress: Callable[[int], object] | None = None, base_model: bool = False) -> np.ndarray:
+        """(texts, labels) float64 probabilities, in order; NaN for a text that is empty once cleaned. `base_model` asks the model without
+        the adapter, and then without the temperature, which was fitted to the adapter. Raises DataError for what is not text."""
+        cleaned = [_clean(text, i) for i, text in enumerate(texts)]
+        found = np.full((len(cleaned), len(self.labels)), np.nan)
+        with self.model.disable_adapter() if base_model else contextlib.nullcontext():
+            for start in range(0, len(cleaned), _ROWS_AT_ONCE):
+                part = range(start, min(start + _ROWS_AT_ONCE, len(cleaned)))
+                rows = [i for i in part if cleaned[i]]
+                found[rows] = label_probabilities(self.model, self.tokenizer, [cleaned[i] for i in rows], self.config, progress,
+                                                  temperature=1.0 if base_model else self.temperature)
+                if progress and len(rows) < len(part):
+                    progress(len(part) - len(rows))
+        return found
+
+    def word_effects(self, text: str) -> pd.DataFrame:
+        """How much each `word` of `text` speaks for its label: `effect` is the label's probability less that of the text without the word.
+        The first 40 words, in one batched call; no row for a text of fewer than two."""
+        words = _clean(text, 0).split()
+        if len(words) < 2:
+            return pd.DataFrame({"word": [], "effect": []})
+        texts = [" ".join(words)] + [" ".join(words[:i] + words[i + 1:]) for i in range(min(len(words), MOST_WORDS))]
+        found = label_probabilities(self.model, self.tokenizer, texts, self.config, temperature=self.temperature)
+        whole, label = found[0], found[0].argmax()
+        return pd.DataFrame({"word": words[:MOST_WORDS], "effect": whole[label] - found[1:, label]})
+
+
+def _clean(text, i: int) -> str:
+    if not isinstance(text, str):
+        if text is None or text is pd.NA or text != text:
+            return ""
+        raise DataError(f"text {i} is {str(text)[:40]!r} of type {type(text).__name__}: give a list of strings.")
+    return clean_text(text.encode(errors="replace").decode())  # half a surrogate pair, which a tokenizer refuses, becomes a ?

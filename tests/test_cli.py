@@ -1,0 +1,113 @@
+"""The command line, in this process and, for what a shell sees, in one of its own."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_helpers import LABELS
+from qlora_helpers.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+TEXTS = ["Striker signs record contract", "Oil climbs, shares fall", "雨で試合中止"]
+
+
+def expected(classifier, text: str) -> dict:
+    row = classifier([text]).iloc[0]
+    return {"text": text, "label": row.label, "confidence": pytest.approx(row.confidence, abs=1e-4),
+            "probabilities": {label: pytest.approx(row[f"P({label})"], abs=1e-4) for label in LABELS}}
+
+
+def run(*arguments: str, stdin: bytes | None = None, **environment: str) -> subprocess.CompletedProcess:
+    source = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
+    return subprocess.run([sys.executable, "-m", "qlora_helpers", *arguments], capture_output=True, cwd=ROOT, timeout=300,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, **source)
+
+
+@pytest.fixture
+def piped(monkeypatch, capsys):
+    """main() with `data` on standard input: exit code, lines of stdout, stderr."""
+    def call(data: bytes, *arguments: str):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        code = main(["classify", *arguments])
+        out, err = capsys.readouterr()
+        return code, [json.loads(line) for line in out.split("\n")[:-1]], err
+    return call
+
+
+def test_headlines_as_arguments_in_a_process_of_its_own(tuned, classifier):
+    done = run("classify", "--workspace", str(tuned.path), *TEXTS, "", LANG="C", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    *found, empty = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert found == [expected(classifier, text) for text in TEXTS]
+    assert empty == {"text": "", "label": None, "confidence": None, "probabilities": None}
+
+
+def test_lines_of_standard_input_one_for_one(piped, tuned, classifier):
+    data = "\ufeff" + TEXTS[0] + "\r\n\n  \n" + TEXTS[1] + "\u2028still\x0bthe same line\n" + TEXTS[2]
+    code, found, err = piped(data.encode(), "--workspace", str(tuned.path))
+    assert (code, err) == (0, "")
+    assert [row["text"] for row in found] == [TEXTS[0], "", "  ", TEXTS[1] + "\u2028still\x0bthe same line", TEXTS[2]]
+    assert [row["label"] is None for row in found] == [False, True, True, False, False]
+    assert found[0] == expected(classifier, TEXTS[0]) and found[4] == expected(classifier, TEXTS[2])
+
+
+def test_an_adapter_alone(piped, tuned, classifier, tmp_path):
+    shutil.copytree(tuned / "adapter", tmp_path / "a")
+    code, found, err = piped(TEXTS[0].encode(), "--adapter", str(tmp_path / "a"))
+    assert (code, found, err) == (0, [expected(classifier, TEXTS[0])], "")
+
+
+def test_more_lines_than_are_classified_at_once(piped, tuned, classifier):
+    code, found, _ = piped("".join(f"{i % 9} goals\n" for i in range(1100)).encode(), "--workspace", str(tuned.path))
+    assert code == 0 and [row["text"] for row in found] == [f"{i % 9} goals" for i in range(1100)]
+    assert found[9 * 110] == expected(classifier, "0 goals")
+
+
+def test_no_line_gives_no_line(piped, tuned):
+    assert piped(b"", "--workspace", str(tuned.path)) == (0, [], "")
+
+
+@pytest.mark.parametrize(("data", "arguments", "message"), [
+    (b"Rain\nf\xfcnf\n", (), "standard input is not UTF-8 (line 2)"),
+    (b"Rain", ("--workspace", "no/such"), "no/such holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first."),
+    (b"Rain", ("--adapter", "no/such/folder"), "there is no adapter folder 'no/such/folder' here"),
+    (b"Rain", ("--adapter", "."), "qlora_config.json is missing"),
+])
+def test_what_is_wrong_is_one_line_and_exit_code_2(piped, data, arguments, message):
+    code, found, err = piped(data, *arguments)
+    assert (code, found) == (2, [])
+    assert message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((), "the following arguments are required: command"),
+    (("clasify",), "invalid choice: 'clasify'"),
+    (("classify", "--adaptr", "x", "Rain"), "unrecognized arguments: --adaptr"),
+    (("classify", "--adapter", "x", "--workspace", "y", "Rain"), "not allowed with argument"),
+])
+def test_wrong_arguments_are_one_line_and_exit_code_2(capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    assert caught.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_an_error_in_a_process_of_its_own(tmp_path):
+    done = run("classify", "Rain", QLORA_WORKSPACE=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.decode() == (f"python -m qlora_helpers: {tmp_path} holds nothing from 01_setup yet. "
+                                    "Run notebooks/01_setup.ipynb first.\n")
+
+
+def test_a_reader_that_stops_early_is_no_error(tuned):
+    command = f"yes 'Rain stops play' | head -n 3000 | {sys.executable} -m qlora_helpers classify --workspace {tuned.path} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert json.loads(done.stdout)["text"] == "Rain stops play"
+    assert done.stderr == b""
