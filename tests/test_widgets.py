@@ -268,12 +268,12 @@ def test_the_loss_panel_reads_a_finished_training_and_redraws_at_each_control(lo
 def test_the_loss_panel_takes_less_than_a_fiftieth_of_the_time(losses):
     drawn = set()
     start = time.perf_counter()
-    losses._start = start - 60  # a minute of training has gone by
+    losses._start = start - 600  # ten minutes of training have gone by
     while time.perf_counter() - start < 2:
         losses.live(lambda: history([2.0, 0.5 + 0.001 * len(drawn)]), "step 1 of <2>")
         drawn.add(losses.picture.value)
         time.sleep(0.01)
-    assert len(drawn) >= 2 and losses.cost < 0.02 * 62 + losses._last
+    assert len(drawn) >= 2 and losses.cost < 0.02 * (time.perf_counter() - losses._start)
     assert losses.status.value == "step 1 of &lt;2&gt;"
     losses._start = time.perf_counter()
     before = losses.picture.value
