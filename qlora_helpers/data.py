@@ -69,8 +69,7 @@ def _split(rows: pd.DataFrame, config: RunConfig) -> dict[str, pd.DataFrame]:
     counts = rows.label.value_counts().sort_index().to_numpy()
     test_size = max(config.test_size, len(counts))
     rng = np.random.default_rng([config.seed, len(SPLITS)])
-    drawn = np.concatenate([rng.permutation(np.flatnonzero(rows.label == label))[:n]
-                            for label, n in enumerate(_shares(counts, test_size, least=1, most=counts - 1))])
+    drawn = np.concatenate(_draw(rows, _shares(counts, test_size, least=1, most=counts - 1), rng))
     return {"train": rows.drop(index=drawn).reset_index(drop=True), "test": rows.iloc[np.sort(drawn)].reset_index(drop=True)}
 
 
@@ -91,7 +90,10 @@ def _draw_test(rows: pd.DataFrame, config: RunConfig, rng: np.random.Generator) 
     counts = rows.label.value_counts().reindex(range(len(config.labels)), fill_value=0).to_numpy()
     for label in np.flatnonzero(counts == 0):
         raise DataError(f"the test split of {config.data!r} has no row of {config.labels[label]}: nothing could be said of it. Add some.")
-    shares = _shares(counts, config.test_size)
+    return _draw(rows, _shares(counts, config.test_size), rng)
+
+
+def _draw(rows: pd.DataFrame, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     return [rng.permutation(np.flatnonzero(rows.label == label))[:n] for label, n in enumerate(shares)]
 
 

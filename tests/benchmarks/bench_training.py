@@ -131,9 +131,8 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
         while len(rates) < args.repeats:
             try:
                 rates.append(score(model.eval(), logits, prompts, groups, label_ids))
-            except torch.OutOfMemoryError:  # the package halves its batches then
-                groups = [half for group in groups for half in (group[:len(group) // 2], group[len(group) // 2:]) if half]
-                batching.free_memory()
+            except torch.OutOfMemoryError:
+                groups = scoring._halves(groups)
         result |= {"score_rows_per_s": round(statistics.median(rates), 2), "score_peak_reserved_gib": peak_gib()}
     except torch.OutOfMemoryError:
         result["out_of_memory"] = True
