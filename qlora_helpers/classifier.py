@@ -34,19 +34,20 @@ class HeadlineClassifier:
 
     @classmethod
     def from_workspace(cls, path: str | os.PathLike | None = None) -> "HeadlineClassifier":
-        """The tuned model of a run's workspace, `path` or where `open_workspace` finds it. Raises what that raises, and ModelError."""
+        """The tuned model of a run's workspace, `path` or where `open_workspace` finds it, with 04's temperature if 04 has run.
+        Raises what that raises, WorkspaceError if 04 ran for another adapter, and ModelError."""
         workspace, config = open_workspace("03_qlora_training", path=path)
-        return cls._load(workspace / "adapter", config)
+        calibration = workspace.find_json("04_evaluation", "adapter/calibration.json")
+        return cls._load(workspace / "adapter", config, calibration["temperature"] if calibration else 1.0)
 
     @classmethod
     def from_adapter(cls, source: str | os.PathLike) -> "HeadlineClassifier":
         """The tuned model of an adapter's folder, or of `account/name` on the hub. Raises ModelError if it cannot be used."""
         folder = find_adapter(source)
-        return cls._load(folder, read_settings(folder))
+        return cls._load(folder, read_settings(folder), read_temperature(folder))
 
     @classmethod
-    def _load(cls, folder: Path, config: RunConfig) -> "HeadlineClassifier":
-        temperature = read_temperature(folder)
+    def _load(cls, folder: Path, config: RunConfig, temperature: float) -> "HeadlineClassifier":
         tokenizer, base = load_tokenizer(config), load_base_model(config)
         try:
             return cls(load_adapter(base, folder), tokenizer, config, temperature)

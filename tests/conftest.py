@@ -102,6 +102,7 @@ def tuned(base, tiny, tmp_path_factory) -> Workspace:
     workspace.publish("01_setup", run, ["config.json"])
     workspace.publish("03_qlora_training", run, ["adapter"], inputs=("01_setup",))
     write_text(workspace / "adapter" / "calibration.json", json.dumps({"temperature": 1.5}))
+    workspace.publish("04_evaluation", run, ["adapter/calibration.json"], inputs=("03_qlora_training",))
     return workspace
 
 

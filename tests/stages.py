@@ -19,6 +19,7 @@ from peft import LoraConfig
 
 from qlora_helpers import (
     SPLITS,
+    HeadlineClassifier,
     LabelTrainer,
     RunConfig,
     Workspace,
@@ -96,11 +97,8 @@ def evaluate() -> None:
 
 def infer() -> tuple[float, list]:
     """The temperature, and the probabilities of a headline."""
-    workspace, config = open_workspace("03_qlora_training")
-    model = load_adapter(load_base_model(config), workspace / "adapter")
-    calibration = workspace.find_json("04_evaluation", "adapter/calibration.json")
-    temperature = calibration["temperature"] if calibration else 1.0
-    return temperature, label_probabilities(model, load_tokenizer(config), ["Striker signs record contract"], config).tolist()
+    classifier = HeadlineClassifier.from_workspace()
+    return classifier.temperature, classifier.probabilities(["Striker signs record contract"]).tolist()
 
 
 def run_all(config: RunConfig) -> None:

@@ -188,6 +188,13 @@ def test_a_workspace_without_training_names_the_notebook(tmp_path):
         HeadlineClassifier.from_workspace(tmp_path)
 
 
+def test_a_temperature_that_04_did_not_write_is_refused(tuned, tmp_path):
+    shutil.copytree(tuned.path, tmp_path / "run")
+    (tmp_path / "run" / "adapter" / "calibration.json").write_text('{"temperature": 1.0}')
+    with pytest.raises(WorkspaceError, match="calibration.json is not what 04_evaluation wrote. Run notebooks/04_evaluation.ipynb again."):
+        HeadlineClassifier.from_workspace(tmp_path / "run")
+
+
 def test_the_exported_adapter_is_half_the_size_and_gives_the_same_labels(tuned, classifier, tmp_path):
     path = export_adapter(tuned, tmp_path / "new" / "adapter.zip")
     assert [file.name for file in path.parent.iterdir()] == ["adapter.zip"]
