@@ -84,6 +84,8 @@ class LabelTrainer(ResumableTrainer):
                 per_device_eval_batch_size=plan.micro_batch_size, learning_rate=config.learning_rate,
                 warmup_steps=config.warmup_ratio, lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
                 weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
+                # the fused optimizer skips a step by itself after an overflow: neither scheduler nor count would hear of it
+                optim="adamw_torch" if dtype == torch.float16 else "adamw_torch_fused",
                 use_cpu=model.device.type == "cpu", eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
                 metric_for_best_model="eval_loss", greater_is_better=False,
                 logging_steps=1, remove_unused_columns=False, report_to="none",
