@@ -1,14 +1,23 @@
-# make run: the five notebooks, one after the other.   make test: everything that can be checked without a GPU.
+# make run: the five notebooks, one after the other.   make test: everything that can be checked without a GPU.   make app: 05's panels.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# JupyterLab, Voila and Selenium, where there is a browser that they could be tested in
+BROWSER := $(if $(and $(shell command -v chromium),$(shell command -v chromedriver)),$(VENV)/.browser)
+PORT ?= 8866
 
 run: $(READY)
 	$(BIN)/python notebooks/run_all.py
 
-test: $(READY)
+test: $(READY) $(BROWSER)
 	$(BIN)/python -m pytest
+
+app: $(VENV)/.app  ## 05's panels as a page, for this machine alone: http://localhost:8866 (or PORT=...)
+	$(BIN)/voila notebooks/app.py --Voila.ip=127.0.0.1 --port=$(PORT) --VoilaConfiguration.extension_language_mapping=.py=python
+
+pictures: $(READY) $(VENV)/.browser  ## the README's pictures of the panels, by the tests in the browser
+	$(BIN)/python -m pytest notebooks tests/browser --pictures=notebooks/images
 
 test-slow: $(READY)  ## what kills and damages runs by the dozen: half an hour
 	$(BIN)/python -m pytest tests -m slow
@@ -34,7 +43,11 @@ $(READY): requirements.txt constraints.txt pyproject.toml Makefile
 	$(BIN)/python -c 'from qlora_helpers.modeling import embedded_checkpoint; embedded_checkpoint()'
 	touch $@
 
-.PHONY: run test test-slow notebooks lint clean repository
+$(VENV)/.%: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
+	touch $@
+
+.PHONY: run test app pictures test-slow notebooks lint clean repository
 
 repository:  ## SLUG=account/name: the repository's address in every badge and install cell
 	@test -n "$(SLUG)" || { echo "usage: make repository SLUG=account/name"; exit 2; }

@@ -12,6 +12,8 @@ from qlora_helpers.classifier import MOST_WORDS, HeadlineClassifier
 from qlora_helpers.cleaning import clean_text
 from qlora_helpers.plots import label_colours
 
+EXAMPLES = ("Chip maker warns that profit will miss forecasts", "Peace talks resume after border clashes",
+            "Striker signs record contract")
 _HISTORY = 20
 _SHOWN = 300  # characters of a text; all of it is classified, up to the model's max_length
 
@@ -19,9 +21,10 @@ _SHOWN = 300  # characters of a text; all of it is classified, up to the model's
 class HeadlinePanel(ipw.VBox):
     """A text area, examples to click, and the label probabilities of what was entered last; the base model's beside them, and what each
     word did, on request. The button classifies, and so does Enter at the end of the text. An empty text or a failure gives a
-    message in the panel, never a traceback. `probabilities` holds the bars' values, None if there are none; `asked` the history."""
+    message in the panel, never a traceback. It starts with the first example, if any. `probabilities` holds the bars' values, None if
+    there are none; `asked` the history."""
 
-    def __init__(self, classifier: HeadlineClassifier, examples: Sequence[str]):
+    def __init__(self, classifier: HeadlineClassifier, examples: Sequence[str] = ()):
         self.classifier, self.probabilities, self.asked, self._shown = classifier, None, deque(maxlen=_HISTORY), ""
         wide = ipw.Layout(width="100%")
         self.text = ipw.Textarea(placeholder="Type a headline and press Enter", rows=3, layout=wide, description="Headline")
@@ -38,7 +41,8 @@ class HeadlinePanel(ipw.VBox):
             control.observe(lambda change: self.run(), names="value")
         for example, text in zip(self.examples, examples, strict=True):
             example.on_click(lambda _, text=text: self._enter(text))
-        self._enter(examples[0])
+        if examples:
+            self._enter(examples[0])
 
     def _typed(self, change) -> None:
         # a text area tells of what is in it, not of keys: a line end after its last character is what Enter leaves
