@@ -10,6 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -19,6 +20,7 @@ from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.files import copy_folder, writing
+from qlora_helpers.hub import checkpoint_files, fetch
 from qlora_helpers.lora import fuse_lora
 from qlora_helpers.packing import use_packed_attention
 
@@ -70,18 +72,28 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
 
 
 def _load(auto_class, config: RunConfig, **options):
-    source = embedded_checkpoint() if config.base_model == EMBEDDED_MODEL else config.base_model
-    quiet = os.path.isdir(source) and logging.is_progress_bar_enabled()  # a bar for a download, none for seconds of disk
+    source = _checkpoint(config.base_model)
+    quiet = logging.is_progress_bar_enabled()  # a download has its own bar; what follows is seconds of disk
     try:
         if quiet:
             logging.disable_progress_bar()
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:  # a ValueError: it asks for code of its own to be run
-        raise ModelError(f"the base model {config.base_model!r} cannot be loaded: {str(error).splitlines()[0]} Check the name and the "
-                         "connection; a model with conditions needs a token (HF_TOKEN) whose owner accepted them.") from error
+    except (OSError, ValueError, SafetensorError) as error:  # a ValueError: it asks for code of its own to be run
+        raise ModelError(f"the base model {config.base_model!r} cannot be loaded: {str(error).splitlines()[0]} "
+                         + ("Check what is in the folder, or name another one." if os.path.isdir(config.base_model) else
+                            f"Remove {source} and run this cell again, or choose another one.")) from error
     finally:
         if quiet:
             logging.enable_progress_bar()
+
+
+def _checkpoint(base_model: str) -> Path:
+    if base_model == EMBEDDED_MODEL:
+        return embedded_checkpoint()
+    if os.path.isdir(base_model):
+        return Path(base_model)
+    return fetch(base_model, "model", checkpoint_files, ModelError, "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or "
+                 "QLORA_PROFILE=cpu for the small model, which needs no network.")
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
