@@ -60,9 +60,12 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     quantise = {} if hasattr(_load(AutoConfig, config), "quantization_config") else {"quantization_config": nf4}
     device = 0 if torch.cuda.is_available() else "cpu"
     model = _load(AutoModelForCausalLM, config, dtype=dtype, use_safetensors=True, device_map={"": device}, **quantise)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # of such a checkpoint, embedding, head and norms stay as they were saved, whatever dtype says
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = dtype  # a checkpoint quantised elsewhere brings its own
+            module.compute_dtype = module.weight.quant_state.dtype = dtype  # a checkpoint quantised elsewhere brings its own
             # In eval mode bitsandbytes repacks the weight for an AVX512-BF16 kernel that has no backward: LoRA layers below
             # would then train without their gradient.
             module.support_avx512bf16_for_cpu = False
