@@ -1,4 +1,4 @@
-"""The two kinds of checkpoint that profile t4 loads, as tiny random Mistrals with Mistral v0.1's own tokenizer: float16 in shards, and NF4."""
+"""The two kinds of checkpoint that profile t4 loads, float16 in shards and NF4, as tiny random Mistrals with Mistral v0.1's tokenizer."""
 
 import copy
 import dataclasses
