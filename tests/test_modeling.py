@@ -12,6 +12,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from safetensors import safe_open
 
@@ -188,6 +189,16 @@ def test_a_folder_without_weights_is_named(config, tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "cut", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ModelError, match="the base model '.*/cut' cannot be loaded: .*Check what is in the folder, or name another one"):
         load_base_model(dataclasses.replace(config, base_model=str(tmp_path / "cut")))
+
+
+def test_each_version_of_transformers_has_its_own_embedded_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = []
+    for version in ("5.15.0", "5.23.0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        folders.append(tmp_path / "qlora_helpers" / f"SmolLM2-135M-Instruct-0.1.2-transformers-{version}")
+        folders[-1].mkdir(parents=True)
+        assert embedded_checkpoint() == folders[-1]
 
 
 @pytest.mark.parametrize("found", ["nothing", "a package without the GGUF"])
