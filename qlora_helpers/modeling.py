@@ -71,6 +71,8 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
             # would then train without their gradient.
             module.support_avx512bf16_for_cpu = False
     use_packed_attention(model)
+    if (snapshot := _checkpoint(config.base_model)).parent.name == "snapshots":
+        model.config._commit_hash = snapshot.name  # the revision, for the model card: Transformers sets it for what it fetched itself
     model.name_or_path = config.base_model  # not where this machine keeps it: an adapter names it, and is checked against it
     return model.eval()
 

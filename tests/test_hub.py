@@ -35,7 +35,7 @@ config = RunConfig(profile="t4", **PROFILES["t4"])
 calls = {
     "rows": lambda: {split: table.to_dict("list") for split, table in load_rows(config).items()},
     "tokenizer": lambda: len(load_tokenizer(config)),
-    "model": lambda: load_base_model(config).name_or_path,
+    "model": lambda: (model := load_base_model(config)).name_or_path + " " + model.config._commit_hash,
 }
 
 def call(name):
@@ -178,7 +178,7 @@ def test_what_is_there_is_fetched_once_and_loads(hub, readers, checkpoint, news)
     others = {"pytorch_model.bin": b"x" * 99, "consolidated.safetensors": b"y" * 99, "onnx/config.json": b"{}"}
     hub.repositories |= {MODEL: checkpoint | others, AG_NEWS: news}
     reader = readers["hub"]
-    expected = {"rows": ROWS, "tokenizer": 49152, "model": MODEL}
+    expected = {"rows": ROWS, "tokenizer": 49152, "model": f"{MODEL} {COMMIT}"}
     for name in expected:
         assert reader(name)[name][0] == expected[name]
     fetched = {request.partition(f"{COMMIT}/")[2] for request in hub.asked(MODEL, AG_NEWS) if request.startswith("GET ")} - {""}
@@ -194,7 +194,7 @@ def test_a_name_that_does_not_resolve_and_a_cache_that_comes_along(readers, chec
     write_cache(reader.cache, "model", MODEL, checkpoint)
     write_cache(reader.cache, "dataset", AG_NEWS, news)
     assert {name: answer for name, (answer, _) in reader("rows", "tokenizer", "model").items()} == {
-        "rows": ROWS, "tokenizer": 49152, "model": MODEL}
+        "rows": ROWS, "tokenizer": 49152, "model": f"{MODEL} {COMMIT}"}
     assert quiet(reader)
 
 
@@ -207,7 +207,7 @@ def test_offline_from_the_cache_or_not_at_all(hub, readers, checkpoint, news):
     write_cache(reader.cache, "model", MODEL, checkpoint)
     write_cache(reader.cache, "dataset", AG_NEWS, news)
     assert {name: answer for name, (answer, _) in reader("rows", "tokenizer", "model").items()} == {
-        "rows": ROWS, "tokenizer": 49152, "model": MODEL}
+        "rows": ROWS, "tokenizer": 49152, "model": f"{MODEL} {COMMIT}"}
     assert hub.asked(MODEL, AG_NEWS) == []
     assert quiet(reader)
 
