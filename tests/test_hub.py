@@ -1,0 +1,252 @@
+"""The hub as it fails, over real sockets: a server on this machine, and readers in processes of their own."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from fake_hub import COMMIT, FakeHub, write_cache
+
+import qlora_helpers
+from qlora_helpers.config import AG_NEWS, PROFILES
+from qlora_helpers.data import parquet_files
+from qlora_helpers.errors import ModelError
+from qlora_helpers.hub import checkpoint_files
+from qlora_helpers.modeling import load_tokenizer
+
+MODEL = PROFILES["t4"]["base_model"]
+PARQUET = ("data/test-00000-of-00001.parquet", "data/train-00000-of-00001.parquet")
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+_READER = """
+import json, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from qlora_helpers.config import PROFILES, RunConfig
+from qlora_helpers.data import load_rows
+from qlora_helpers.errors import ModelError, QLoraError
+from qlora_helpers.hub import checkpoint_files, fetch
+from qlora_helpers.modeling import load_base_model, load_tokenizer
+
+config = RunConfig(profile="t4", **PROFILES["t4"])
+calls = {
+    "rows": lambda: {split: table.to_dict("list") for split, table in load_rows(config).items()},
+    "tokenizer": lambda: len(load_tokenizer(config)),
+    "model": lambda: (model := load_base_model(config)).name_or_path + " " + model.config._commit_hash,
+}
+
+def call(name):
+    start = time.monotonic()
+    try:
+        answer = calls[name]() if name in calls else str(fetch(name, "model", checkpoint_files, ModelError, "Or not."))
+    except QLoraError as error:
+        answer = f"{type(error).__name__}: {error}"
+    return answer, round(time.monotonic() - start, 1)
+
+for line in sys.stdin:  # at once: they wait more than they work
+    with ThreadPoolExecutor() as pool:
+        print("answers", json.dumps(list(pool.map(call, json.loads(line)))), flush=True)
+"""
+
+
+class Reader:
+    """A process that loads the profile t4's rows, tokenizer and model, or a repository by its name, with a hub and a cache of its own."""
+
+    def __init__(self, folder: Path, **environment: str):
+        self.cache = folder / "hub"
+        self.log = (folder / "stderr").open("w+")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
+            cwd=Path(qlora_helpers.__file__).parents[1], env=clean | {"HF_HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""} | environment)
+
+    def __call__(self, *names: str) -> dict[str, tuple]:
+        self.process.stdin.write(json.dumps(names) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("answers "):
+                answers = dict(zip(names, map(tuple, json.loads(line.removeprefix("answers "))), strict=True))
+                print(*(f"{seconds:5.1f} s  {name}: {answer}" for name, (answer, seconds) in answers.items()), sep="\n")
+                return answers
+        raise AssertionError(Path(self.log.name).read_text())
+
+    def stderr(self) -> str:
+        return Path(self.log.name).read_text()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(30)
+        self.process.stdout.close()
+        self.log.close()
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    """Three at once: one asks a hub on this machine, the hub of one has a name that does not resolve, one is told to stay offline."""
+    hub = FakeHub()
+    started = {"hub": Reader(tmp_path_factory.mktemp("hub"), HF_ENDPOINT=hub.url),
+               "unknown": Reader(tmp_path_factory.mktemp("unknown"), HF_ENDPOINT="http://no-such-hub.invalid"),
+               "offline": Reader(tmp_path_factory.mktemp("offline"), HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.url)}
+    yield started | {"server": hub}
+    for reader in started.values():
+        reader.close()
+    hub.close()
+
+
+@pytest.fixture
+def hub(readers):
+    """The server, which knows nothing and answers nothing unusual when a test begins."""
+    readers["server"].status, readers["server"].requests = 200, []
+    readers["server"].repositories.clear()
+    return readers["server"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(tiny).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def news(tmp_path_factory) -> dict[str, bytes]:
+    """AG News' two files, with two rows each."""
+    folder, files = tmp_path_factory.mktemp("news"), {"README.md": b"# AG News", ".gitattributes": b""}
+    for name in PARQUET:
+        pd.DataFrame({"text": [f"{name[5:7]} one", f"{name[5:7]} two"], "label": [2, 0]}).to_parquet(folder / "one.parquet", index=False)
+        files[name] = (folder / "one.parquet").read_bytes()
+    return files
+
+
+ROWS = {"train": {"raw": ["tr one", "tr two"], "label": [2, 0]}, "test": {"raw": ["te one", "te two"], "label": [2, 0]}}
+OUT = {"rows": ("DataError", AG_NEWS, "Or set QLORA_DATA to a folder with train.csv and test.csv, or QLORA_DATA=sample"),
+       "tokenizer": ("ModelError", MODEL, "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or QLORA_PROFILE=cpu"),
+       "model": ("ModelError", MODEL, "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or QLORA_PROFILE=cpu")}
+
+
+def check(answers: dict, *remedies: str, within: float = 20) -> None:
+    """Each answer is one error that names the thing, what to do, and the way out."""
+    for name, (answer, seconds) in answers.items():
+        kind, thing, way_out = OUT[name]
+        assert isinstance(answer, str) and answer.startswith(f"{kind}: {thing} cannot be loaded from the hub: "), answer
+        for part in (*remedies, way_out):
+            assert part in answer, answer
+        assert seconds < within
+
+
+def quiet(reader: Reader) -> bool:
+    """No traceback, and nothing of the hub library's own attempts."""
+    return not any(word in reader.stderr() for word in ("Traceback", "Retrying", "thrown while", "Trying to resume", "retry"))
+
+
+@pytest.mark.parametrize(("status", "remedy"), [
+    (401, "with no token the hub answers 401. Check the name; a private"),
+    (403, "it has conditions, and with no token the hub answers 403. Accept them at http"),
+    (404, "(404). Check the name."),
+    (429, "(429). Wait a few minutes and run this cell again, or set HF_TOKEN"),
+    (500, "the hub itself is out of order (500). Wait a few minutes"),
+    (503, "the hub itself is out of order (503). Wait a few minutes"),
+])
+def test_a_hub_that_refuses_is_asked_once(hub, readers, status, remedy):
+    hub.status = status
+    check(readers["hub"]("rows", "tokenizer", "model"), remedy, within=5)
+    assert sorted(hub.asked(MODEL, AG_NEWS)) == [f"GET api/datasets/{AG_NEWS}"] + 2 * [f"GET api/models/{MODEL}"]
+    assert quiet(readers["hub"])
+
+
+def test_a_hub_that_takes_the_connection_and_never_answers(hub, readers):
+    hub.status = 0
+    check(readers["hub"]("rows", "tokenizer", "model"), "cannot be reached, or stopped answering (ReadTimeout). Check the connection")
+    assert len(hub.asked(MODEL, AG_NEWS)) == 3
+    assert quiet(readers["hub"])
+
+
+def test_downloads_that_end_half_way(hub, readers, checkpoint):
+    """A server that dies for good, one that begins the file again and again, one that falls silent; and a list that trickles."""
+    names = ["dies/x", "restarts/x", "stalls/x", "trickles/x"]
+    hub.repositories |= dict.fromkeys(names, checkpoint)
+    for name, (answer, seconds) in readers["hub"](*names).items():
+        assert answer.startswith(f"ModelError: {name} cannot be loaded from the hub: {hub.url} cannot be reached, or stopped"), answer
+        assert answer.endswith("Check the connection and run this cell again: a download goes on where it stopped. Or not.")
+        assert seconds < 20
+    assert quiet(readers["hub"])
+
+
+def test_what_is_there_is_fetched_once_and_loads(hub, readers, checkpoint, news):
+    """Only what loading reads; then nothing more is asked, and nothing is missed when the hub is gone."""
+    others = {"pytorch_model.bin": b"x" * 99, "consolidated.safetensors": b"y" * 99, "onnx/config.json": b"{}"}
+    hub.repositories |= {MODEL: checkpoint | others, AG_NEWS: news}
+    reader = readers["hub"]
+    expected = {"rows": ROWS, "tokenizer": 49152, "model": f"{MODEL} {COMMIT}"}
+    for name in expected:
+        assert reader(name)[name][0] == expected[name]
+    fetched = {request.partition(f"{COMMIT}/")[2] for request in hub.asked(MODEL, AG_NEWS) if request.startswith("GET ")} - {""}
+    assert fetched == set(checkpoint_files(checkpoint)) | set(PARQUET)
+    hub.requests.clear()
+    assert {name: answer for name, (answer, _) in reader(*expected).items()} == expected
+    assert hub.asked(MODEL, AG_NEWS) == []
+
+
+def test_a_name_that_does_not_resolve_and_a_cache_that_comes_along(readers, checkpoint, news):
+    reader = readers["unknown"]
+    check(reader("rows", "tokenizer", "model"), "http://no-such-hub.invalid cannot be reached, or stopped answering (ConnectError)")
+    write_cache(reader.cache, "model", MODEL, checkpoint)
+    write_cache(reader.cache, "dataset", AG_NEWS, news)
+    assert {name: answer for name, (answer, _) in reader("rows", "tokenizer", "model").items()} == {
+        "rows": ROWS, "tokenizer": 49152, "model": f"{MODEL} {COMMIT}"}
+    assert quiet(reader)
+
+
+def test_offline_from_the_cache_or_not_at_all(hub, readers, checkpoint, news):
+    reader = readers["offline"]
+    check(reader("rows", "tokenizer", "model"), f"HF_HUB_OFFLINE is set, and {reader.cache} does not hold it whole.", within=5)
+    half = write_cache(reader.cache, "dataset", AG_NEWS, {PARQUET[0]: news[PARQUET[0]]})
+    check(reader("rows"), "does not hold it whole", within=5)
+    (half / PARQUET[0]).unlink()
+    write_cache(reader.cache, "model", MODEL, checkpoint)
+    write_cache(reader.cache, "dataset", AG_NEWS, news)
+    assert {name: answer for name, (answer, _) in reader("rows", "tokenizer", "model").items()} == {
+        "rows": ROWS, "tokenizer": 49152, "model": f"{MODEL} {COMMIT}"}
+    assert hub.asked(MODEL, AG_NEWS) == []
+    assert quiet(reader)
+
+
+def test_a_closed_port(readers):
+    """The last of this file that needs the server: it is shut down."""
+    readers["server"].close()
+    shutil.rmtree(readers["hub"].cache)
+    check(readers["hub"]("rows", "tokenizer", "model"), f"{readers['server'].url} cannot be reached, or stopped answering (ConnectError)",
+          within=5)
+    assert quiet(readers["hub"])
+
+
+@pytest.mark.parametrize(("names", "picked"), [
+    (["config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "consolidated.safetensors", "x/model.safetensors"],
+     ["config.json", "tokenizer.json", "model.safetensors"]),
+    (["config.json", "tokenizer.model", *SHARDS, "model.safetensors.index.json"],
+     ["config.json", "model.safetensors.index.json", "tokenizer.model", *SHARDS]),
+    (["config.json", "tokenizer.model", SHARDS[0], "model.safetensors.index.json"], []),
+    (["config.json", "tokenizer.json", "pytorch_model.bin"], []),
+    (["config.json", "model.safetensors"], []),
+    (["tokenizer.json", "model.safetensors"], []),
+])
+def test_the_files_of_a_checkpoint(names, picked):
+    assert checkpoint_files(names) == picked
+
+
+@pytest.mark.parametrize(("names", "whole"), [
+    (PARQUET, True),
+    (PARQUET[:1], False),
+    (["data/test-00000-of-00001.parquet", "data/train-00000-of-00002.parquet"], False),
+    (["data/test-00000-of-00001.parquet", "data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "README.md"], True),
+])
+def test_the_files_of_the_news(names, whole):
+    assert bool(parquet_files(names)) == whole
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "no such name"])
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(config, name):
+    with pytest.raises(ModelError, match="it is neither a folder here nor a name such as account/name. Check the name"):
+        load_tokenizer(dataclasses.replace(config, base_model=name))
+

