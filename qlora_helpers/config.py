@@ -24,7 +24,7 @@ PROFILES = {
             "train_size": 280, "validation_size": 40, "test_size": 80},
 }
 _ALIASES = {"QLORA_EPOCHS": "QLORA_NUM_EPOCHS"}
-_NOT_FIELDS = {"QLORA_WORKSPACE"}  # where a run lives, not what it is
+_NOT_FIELDS = {"QLORA_WORKSPACE", "QLORA_DRIVE"}  # where a run lives, not what it is
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
 _LEAST = {"max_length": 32, "seed": 0}  # of whole numbers; 1 for the others
 
@@ -131,6 +131,14 @@ def default_profile() -> str:
     return profile
 
 
+def drive_wanted(otherwise: bool = True) -> bool:
+    """$QLORA_DRIVE: 1 to keep runs on Google Drive where Colab can mount it, 0 for the local disk. Raises ConfigError for anything else."""
+    asked = os.environ.get("QLORA_DRIVE", "")
+    if asked not in ("", "0", "1"):
+        raise ConfigError(f"QLORA_DRIVE is {asked!r}: it must be 1 (Google Drive, where Colab can mount it) or 0 (the local disk).")
+    return asked == "1" if asked else otherwise
+
+
 def project_folder() -> Path:
     """What a relative path is relative to: the folder above, in a notebook that runs in notebooks/, else the current folder."""
     here = Path.cwd()  # Jupyter and nbval start a notebook in its own folder, make and a terminal one above: one run, one folder
@@ -154,7 +162,7 @@ def _check_profile(profile: str) -> None:
 
 
 def _environment_choices() -> dict:
-    choices = {}
+    choices, _ = {}, drive_wanted()
     for variable in sorted(name for name in os.environ if name.startswith("QLORA_") and os.environ[name] and name not in _NOT_FIELDS):
         text, name = os.environ[variable], _ALIASES.get(variable, variable).removeprefix("QLORA_").lower()
         if name not in _TYPES:
