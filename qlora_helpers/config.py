@@ -101,6 +101,16 @@ class RunConfig:
                               f"or {SAMPLE!r} (bundled), or {AG_NEWS!r} (from the hub).")
         return config
 
+    @classmethod
+    def from_form(cls, **answers: str) -> "RunConfig":
+        """`from_environment` with the answers of a form as choices; "default" leaves the profile's. Where the environment asks for something
+        else it wins, with a line that says so: the other notebooks hold to it. Raises ConfigError as `from_environment` does."""
+        choices = {name: _parsed(f"{name} in the form", name, answer) for name, answer in answers.items() if answer not in ("default", "")}
+        for name, value in _environment_choices().items():
+            if choices.get(name, value) != value:
+                print(f"QLORA_{name.upper()} in the environment is {value}: it wins over the form's {choices[name]}.")
+        return cls.from_environment(**choices)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
@@ -168,10 +178,14 @@ def _environment_choices() -> dict:
         if name not in _TYPES:
             near = difflib.get_close_matches(variable, [f"QLORA_{known.upper()}" for known in _TYPES] + [*_ALIASES, *_NOT_FIELDS], 1)
             raise ConfigError(f"{variable} is not a setting." + (f" Did you mean {near[0]}?" if near else ""))
-        try:
-            choices[name] = _TYPES[name](text)
-        except ValueError:
-            raise ConfigError(f"{variable} is {text!r}: it must be {_KINDS[_TYPES[name]]}.") from None
+        choices[name] = _parsed(variable, name, text)
     if choices.get("data") not in (None, AG_NEWS, SAMPLE):
         choices["data"] = os.path.abspath(project_folder() / choices["data"])
     return choices
+
+
+def _parsed(where: str, name: str, text: str):
+    try:
+        return _TYPES.get(name, str)(text)
+    except ValueError:
+        raise ConfigError(f"{where} is {text!r}: it must be {_KINDS[_TYPES[name]]}.") from None

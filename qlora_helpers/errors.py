@@ -26,3 +26,7 @@ class ModelError(QLoraError):
 
 class TrainingStopped(QLoraError):
     """A training that was interrupted, and goes on when it is run again."""
+
+
+class PreflightError(QLoraError):
+    """The machine, its packages or the network lack something that this run needs."""
