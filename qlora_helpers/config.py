@@ -103,8 +103,8 @@ class RunConfig:
 
     @classmethod
     def from_form(cls, **answers: str) -> "RunConfig":
-        """`from_environment` with the answers of a form as choices; "default" leaves the profile's. Where the environment asks for something
-        else it wins, with a line that says so: the other notebooks hold to it. Raises ConfigError as `from_environment` does."""
+        """`from_environment` with the answers of a form as choices; "default" leaves the profile's. Where the environment asks for
+        something else it wins, with a line that says so: the other notebooks hold to it. Raises ConfigError as `from_environment` does."""
         choices = {name: _parsed(f"{name} in the form", name, answer) for name, answer in answers.items() if answer not in ("default", "")}
         for name, value in _environment_choices().items():
             if choices.get(name, value) != value:

@@ -17,13 +17,12 @@ from qlora_helpers.colab import on_colab, on_drive, without_drive
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import PreflightError
 from qlora_helpers.estimates import ModelSize, bytes_written, expected_plan, minutes, model_size
-from qlora_helpers.hub_token import needs_hub, use_token
+from qlora_helpers.hub_token import Token, needs_hub, use_token
 from qlora_helpers.modeling import compute_dtype
-from qlora_helpers.reach import reach
+from qlora_helpers.reach import MISTRALS, reach
 from qlora_helpers.versions import check_versions
 from qlora_helpers.workspace import Workspace
 
-MISTRALS = {"unsloth/mistral-7b-bnb-4bit", "mistralai/Mistral-7B-v0.1"}  # whose shape is known without asking
 CHOOSE_T4 = "Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
 _COLOURS = {"ok": "background-color: #d9f2d9; color: #14521a", "warning": "background-color: #fff0c2; color: #6b4e00",
             "stop": "background-color: #fbd5d5; color: #8b1111; font-weight: bold"}
@@ -44,11 +43,12 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
     a GPU, Colab goes on only if that, or QLORA_PROFILE, is cpu."""
     token = use_token(config, again=True)
     model, data = reach(config)
-    shape = model.config or (MistralConfig() if config.base_model in MISTRALS else None)
+    shape = MistralConfig() if config.base_model in MISTRALS else model.config
     size = model_size(shape) if shape else None
     download = model.download + data.download
     return [
-        _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))), *_memory(config, size), _versions(), *([_token(token)] if needs_hub(config) else []),
+        _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))), *_memory(config, size),
+        Finding("versions", *check_versions()), *([_token(token)] if needs_hub(config) else []),
         Finding("base model", f"{config.base_model}: {model.found}", model.verdict, model.remedy),
         Finding("data", f"{config.data if needs_hub(config) else 'the rows'}: {data.found}", data.verdict, data.remedy),
         *_disks(config, workspace, size, download), _workspace(workspace), _plan(config, size), _minutes(config, size, model.download)]
@@ -70,8 +70,8 @@ def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
     dtype, reason = compute_dtype()
     runs = f"runs in {str(dtype).removeprefix('torch.')}"
     if torch.cuda.is_available():
-        old = torch.cuda.get_device_capability() < (7, 5)
-        return Finding("GPU", f"{reason}: {runs}", *(("warning", f"Older than a T4, on which nothing was tried: {CHOOSE_T4}.") if old else ()))
+        older = ("warning", f"Older than a T4: nothing was tried there. {CHOOSE_T4}.")
+        return Finding("GPU", f"{reason}: {runs}", *(older if torch.cuda.get_device_capability() < (7, 5) else ()))
     if config.profile == "t4":
         return Finding("GPU", "none", "stop", f"In Colab: {CHOOSE_T4}. To run the small model on the CPU, choose profile cpu.")
     if on_colab() and not cpu_asked:
@@ -96,13 +96,9 @@ def _memory(config: RunConfig, size: ModelSize | None) -> list[Finding]:
     return [*found, Finding("host memory", f"{gib:.1f} GiB available", verdict, remedy)]
 
 
-def _versions() -> Finding:
-    return Finding("versions", *check_versions())
-
-
-def _token(token) -> Finding:
-    said = f"from {token.source}" if token.source else "none"
-    return Finding("hub token", said + (f" ({token.note.rstrip('.')})" if token.note else ""), "warning" if token.warning else "ok", token.remedy)
+def _token(token: Token) -> Finding:
+    said = (f"from {token.source}" if token.source else "none") + (f" ({token.note.rstrip('.')})" if token.note else "")
+    return Finding("hub token", said, "warning" if token.warning else "ok", token.remedy)
 
 
 def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, download: int) -> list[Finding]:
@@ -110,7 +106,7 @@ def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, down
     cache, run = Path(constants.HF_HUB_CACHE), workspace.path
     shared = _device(cache) == _device(run)  # what both need, one disk must hold
     found = []
-    for area, folder, needed, what in (("disk for downloads", cache, download, "to download"), ("disk for the run", run, written, "to write")):
+    for area, folder, needed, what in (("disk, downloads", cache, download, "to download"), ("disk, run", run, written, "to write")):
         least = max(download + written if shared else needed, 5 * 10**7)
         free = shutil.disk_usage(_there(folder)).free
         verdict = "ok" if free > 1.5 * least else "warning" if free > least or on_drive(folder) else "stop"
@@ -124,8 +120,8 @@ def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, down
 def _workspace(workspace: Workspace) -> Finding:
     if on_colab() and not on_drive(workspace.path):
         why = f" ({without_drive()})" if without_drive() else ""
-        return Finding("workspace", f"{workspace}, on this machine{why}", "warning", "The other notebooks get machines of their own and will not "
-                       "find it: Runtime > Restart session and run all, and allow Google Drive.")
+        return Finding("workspace", f"{workspace}, on this machine{why}", "warning", "The other notebooks get machines of their own and "
+                       "will not find it: Runtime > Restart session and run all, and allow Google Drive.")
     return Finding("workspace", f"{workspace}" + (", on Google Drive" if on_drive(workspace.path) else ""))
 
 

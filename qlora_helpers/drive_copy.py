@@ -28,9 +28,9 @@ def within_drives_time(path: Path, write: Callable[[], None]) -> None:
 
 
 def check_mounted(path: Path) -> None:
-    """Raise OSError if `path` on Drive is on none: a folder made there now would be on the local disk, and in the way of the next mount."""
-    root = drive_root(path)
-    if not os.path.isdir(root):
+    """Raise OSError where Drive has gone from under `path`: a folder made there now would be on the local disk, and in the way of the
+    next mount."""
+    if on_drive(path) and not os.path.isdir(root := drive_root(path)):
         raise OSError(errno.ENOTCONN, f"{root.name} is no longer mounted")
 
 
@@ -67,8 +67,8 @@ class DriveCopy:
     def _read_the_rest(self) -> None:
         for folder, folders, files in os.walk(self.run):  # which passes over what it cannot list
             folders[:] = [name for name in folders if name != "checkpoints" and not name.endswith(".partial")]
-            for name in (os.path.relpath(os.path.join(folder, file), self.run) for file in files if not file.endswith((".partial", ".lock"))):
-                if not (self._kept() / name).exists():
+            for name in (os.path.relpath(os.path.join(folder, file), self.run) for file in files):
+                if not name.endswith((".partial", ".lock")) and not (self._kept() / name).exists():
                     self.add(name)
 
     def _kept(self) -> Path:

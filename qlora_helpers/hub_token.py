@@ -1,4 +1,4 @@
-"""The hub's token: Colab's secret HF_TOKEN, else the environment's, else the stored login, else none. Its value is never shown or written."""
+"""The hub's token: Colab's secret HF_TOKEN, else the environment's, else the stored login, else none. It is never shown or written."""
 
 import contextlib
 import os
@@ -12,8 +12,8 @@ from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, RunConfig
 from qlora_helpers.files import reason
 
 SECRET_SECONDS = 20  # for Colab to answer; a dialog of its own may be open meanwhile
-_REMEDY = ("If the base model asks for a token: the key in Colab's left margin, add HF_TOKEN, allow this notebook to read it, then Runtime > "
-           "Restart session and run all. Models and data without conditions need none.")
+_REMEDY = ("If the base model asks for a token: the key in Colab's left margin, add HF_TOKEN, allow this notebook to read it, then "
+           "Runtime > Restart session and run all. Models and data without conditions need none.")
 _found: "Token | None" = None
 
 

@@ -21,6 +21,7 @@ HUB_SECONDS = 10.0
 _ELSE = {"model": "to go without the hub, name a folder in QLORA_BASE_MODEL, or set QLORA_PROFILE=cpu, which needs no network",
          "dataset": "to go without the hub, set QLORA_DATA to a folder with train.csv and test.csv, or to sample, which is bundled"}
 _OPEN = PROFILES["t4"]["base_model"]
+MISTRALS = {_OPEN, "mistralai/Mistral-7B-v0.1"}  # whose config is Transformers' own default: not fetched
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Source:
 
 def reach(config: RunConfig) -> tuple[Source, Source]:
     """The base model and the data of `config`, within ten seconds."""
-    asked = [(start(partial(_model, config.base_model)), "model", config.base_model), (start(partial(_data, config.data)), "dataset", config.data)]
+    asked = [(start(partial(look, name)), kind, name)
+             for look, kind, name in ((_model, "model", config.base_model), (_data, "dataset", config.data))]
     until = time.monotonic() + HUB_SECONDS
     found = []
     for future, kind, name in asked:
@@ -102,7 +104,8 @@ def _from_hub(kind: str, name: str) -> Source:
     left = sum(sizes[file] for file in used if not isinstance(try_to_load_from_cache(name, file, revision=info.sha, repo_type=kind), str))
     whole = sum(sizes[file] for file in used)
     what = f"{_size(left)} to download" if left else "in the hub cache"
-    return Source(f"on the hub, {_size(whole)}: {what}", download=left, config=_config(name) if kind == "model" else None)
+    return Source(f"on the hub, {_size(whole)}: {what}", download=left,
+                  config=_config(name) if kind == "model" and name not in MISTRALS else None)
 
 
 def _used(kind: str, names) -> list[str]:

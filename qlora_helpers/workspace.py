@@ -1,42 +1,30 @@
 """Where a run's files live, and the manifests by which one notebook trusts another's work."""
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from qlora_helpers.colab import ask_for_drive, my_drive, on_colab, on_drive, without_drive
+from qlora_helpers.colab import ask_for_drive, my_drive, on_colab, without_drive
 from qlora_helpers.config import RunConfig, default_profile, project_folder
-from qlora_helpers.drive_copy import DriveCopy, check_mounted, copy_back, drive_failed, within_drives_time
+from qlora_helpers.drive_copy import copy_back, within_drives_time
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import cannot_write, flush, read_file, reason, sealed, sha256, unsealed, write_file, write_text, writing
+from qlora_helpers.files import cannot_write, flush, read_file, reason, sealed, sha256, unsealed, write_text
 from qlora_helpers.hub_token import use_token
-from qlora_helpers.lock import Lock
+from qlora_helpers.run_folder import RunFolder
 
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn"]
 
 
-class Workspace:
-    """A run's folder. Each notebook publishes its files there under a manifest that is written last. One process at a time writes.
-    On Google Drive, a write that fails moves the run to the machine's own disk, where it goes on."""
+class Workspace(RunFolder):
+    """A run's folder. Each notebook publishes its files there under a manifest that is written last."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        super().__init__(Path(path))
         self.opened = {}  # the fingerprint of each notebook's work as `open_workspace` found it
-        self._lock = Lock(self.path)
-        self._copy = DriveCopy(self.path) if on_drive(self.path) else None
-        self._left = None  # the folder on Drive that it was moved from
-
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
-
-    def __str__(self) -> str:  # short where it can be, and then the same on every machine
-        return os.path.relpath(self.path, project_folder()) if self.path.is_relative_to(project_folder()) else str(self.path)
 
     @classmethod
     def locate(cls) -> "Workspace":
@@ -52,55 +40,6 @@ class Workspace:
         if not os.environ.get("QLORA_WORKSPACE"):
             ask_for_drive(drive)
         return cls.locate()
-
-    def write(self, name: str, data: bytes | str) -> None:
-        """Write the file `name`, whole or not at all. Raises WorkspaceError if it cannot be, or if another process is writing here."""
-        data = data.encode() if isinstance(data, str) else data
-        with self.hold(name):
-            self.despite_drive(lambda: within_drives_time(self.path, partial(write_file, self / name, data)))
-            if self._copy:
-                self._copy.add(name, data)
-
-    @contextlib.contextmanager
-    def hold(self, purpose: str):
-        """A context in which no other process writes here. Raises WorkspaceError if one does already, which it names."""
-        if self._copy:
-            self.despite_drive(self._make_folder)
-        with self._lock.hold(purpose):
-            yield
-
-    def despite_drive(self, write: Callable):
-        """What `write` returns; if Google Drive fails it, what it does when called again, once the run has moved to this machine's disk."""
-        before = self.path
-        try:
-            return write()
-        except (OSError, WorkspaceError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if self.path == before:
-                if not (self._copy and drive_failed(cause)):
-                    raise
-                self._leave_drive(cause)
-            return write()
-
-    def keep_copy(self, manifests: dict[str, dict]) -> None:
-        """On Google Drive, keep what these notebooks published on this machine's disk as well: Drive may go away before it is needed."""
-        for notebook, manifest in manifests.items() if self._copy else ():
-            for name in (*manifest["files"], f"manifests/{notebook}.json"):
-                self._copy.add(name)
-
-    def _make_folder(self) -> None:
-        with writing(self.path):
-            check_mounted(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-
-    def _leave_drive(self, cause: OSError) -> None:
-        left, folder = self.path, self._copy.take_over()
-        self.path, self._left, self._copy = folder, left, None
-        self._lock.move(folder)
-        os.environ["QLORA_WORKSPACE"] = str(folder)  # what is run again in this kernel goes on there
-        print(f"Google Drive cannot be written ({reason(cause)}). From here on the run is in {self}, on this machine's own disk, and goes "
-              "when its runtime does; what was on Drive is still there. Make room on Drive, or mount it again, and before the runtime ends "
-              f"bring the run back, in a cell: {copy_back(folder, left)}")
 
     def publish(self, notebook: str, config: RunConfig, files: list[str], inputs: tuple[str, ...] = (), **facts) -> dict:
         """Write the manifest of `notebook`: the SHA-256 of each of `files` (paths or folders inside the workspace),
@@ -130,8 +69,7 @@ class Workspace:
         }
         text = sealed(manifest)
         within_drives_time(self.path, partial(write_text, self._manifest(notebook), text))
-        if self._copy:
-            self._copy.add(f"manifests/{notebook}.json", text.encode())
+        self.keep(f"manifests/{notebook}.json", text.encode())
         return manifest
 
     def fingerprints(self, *notebooks: str) -> dict[str, str]:
@@ -242,8 +180,8 @@ def open_workspace(*notebooks: str, path: str | os.PathLike | None = None) -> tu
         if on_colab() and without_drive() and not os.environ.get("QLORA_WORKSPACE"):
             found = ", ".join(sorted(part.stem for part in (workspace / "manifests").glob("*.json"))) or "no run"
             raise WorkspaceError(f"{error} A run on Google Drive cannot be seen from here, since this machine is without Drive "
-                                 f"({without_drive()}); on its own disk there is {found}. If the run is on Drive: Runtime > Restart session "
-                                 "and run all, and allow Drive this time.") from error
+                                 f"({without_drive()}); on its own disk there is {found}. If the run is on Drive: Runtime > Restart "
+                                 "session and run all, and allow Drive this time.") from error
         raise
     use_token(config)
     return workspace, config
@@ -258,5 +196,6 @@ def _opened(workspace: Workspace, notebooks: tuple[str, ...]) -> RunConfig:
         if found[notebook]["config"] != json.loads(config.to_json()):
             raise WorkspaceError(f"what {notebook} wrote was made with other settings. Run notebooks/{notebook}.ipynb again.")
         workspace.opened[notebook] = found[notebook]["fingerprint"]
-    workspace.keep_copy(found)
+    for name in [name for notebook in found for name in (*found[notebook]["files"], f"manifests/{notebook}.json")]:
+        workspace.keep(name)
     return config

@@ -1,4 +1,4 @@
-"""FAKE_DRIVE: allowed (the default), declined, failed, unsupported, hangs, or empty (mounted, without MyDrive)."""
+"""FAKE_DRIVE: allowed (the default), declined, failed, unsupported, hangs, or empty (mounted, without MyDrive). FAKE_DRIVE_FOLDER is what the reader's Drive holds."""
 
 import os
 import time
@@ -19,7 +19,9 @@ def mount(mountpoint, force_remount=False, timeout_ms=120000, readonly=False):
         raise NotImplementedError("google.colab.drive is unsupported in this environment.")
     if behaviour == "hangs":  # the dialog stays open: timeout_ms is not for it
         time.sleep(3600)
-    os.makedirs(mountpoint if behaviour == "empty" else os.path.join(mountpoint, "MyDrive"))
+    os.makedirs(mountpoint)
+    if behaviour != "empty":
+        os.symlink(os.environ["FAKE_DRIVE_FOLDER"], os.path.join(mountpoint, "MyDrive"))
     print(f"Mounted at {mountpoint}")
 
 
