@@ -51,7 +51,7 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
         Finding("versions", *check_versions()), *([_token(token)] if needs_hub(config) else []),
         Finding("base model", f"{config.base_model}: {model.found}", model.verdict, model.remedy),
         Finding("data", f"{config.data if needs_hub(config) else 'the rows'}: {data.found}", data.verdict, data.remedy),
-        *_disks(config, workspace, size, download), _workspace(workspace), _plan(config, size), _minutes(config, size, model.download)]
+        *_disks(config, workspace, size, download, "stop" in (model.verdict, data.verdict)), _workspace(workspace), _plan(config, size), _minutes(config, size, model.download)]
 
 
 def findings_table(findings: list[Finding]) -> Styler:
@@ -101,7 +101,7 @@ def _token(token: Token) -> Finding:
     return Finding("hub token", said, "warning" if token.warning else "ok", token.remedy)
 
 
-def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, download: int) -> list[Finding]:
+def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, download: int, unknown: bool) -> list[Finding]:
     written = bytes_written(size, config) if size else 130 * 10**6 if config.base_model == EMBEDDED_MODEL else 11 * 10**8
     cache, run = Path(constants.HF_HUB_CACHE), workspace.path
     shared = _device(cache) == _device(run)  # what both need, one disk must hold
@@ -113,7 +113,8 @@ def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, down
         remedy = f"Make room for {least / 1e9:.1f} GB and half as much again." if verdict != "ok" else ""
         if remedy and on_drive(folder):
             remedy += " When Drive is full, the run goes on on this machine's own disk."
-        found.append(Finding(area, f"{free / 1e9:.1f} GB free, {needed / 1e9:.2f} {what}", verdict, remedy))
+        said = "how much is to be downloaded is not known" if unknown and folder is cache else f"{needed / 1e9:.2f} {what}"
+        found.append(Finding(area, f"{free / 1e9:.1f} GB free, {said}", verdict, remedy))
     return found
 
 

@@ -64,8 +64,9 @@ def minutes(config: RunConfig, download: int) -> dict[str, float]:
     cpu = config.base_model == EMBEDDED_MODEL
     train, score = (3.7, 9.0) if cpu else (1 / 0.15, 1 / 0.075)  # rows a second
     examples = 5.0 if cpu else score  # with four solved examples before each row
-    load, more = (0.4, 0.7) if cpu else (2 + download / _DOWNLOAD / 60, 3)  # to start and fetch; to load again, plan and compile
+    # to start and fetch; to plan, compile and load again; to count words and draw
+    load, plan, draw = (0.4, 0.7, 0.7) if cpu else (2 + download / _DOWNLOAD / 60, 3, 6)
     trained = config.train_size * config.num_epochs / train + config.validation_size * (config.num_epochs + 2) / score
     scored = config.test_size * (2 / score + 1 / examples) + config.validation_size / score
-    return {"01": 0.2 if cpu else 1, "02": 0.3 if cpu else 2, "03": trained / 60 + load + more, "04": scored / 60 + load + more,
+    return {"01": 0.2 if cpu else 1, "02": 0.3 if cpu else 2, "03": trained / 60 + load + plan, "04": scored / 60 + load + draw,
             "05": load + 0.2}

@@ -26,7 +26,8 @@ MISTRALS = {_OPEN, "mistralai/Mistral-7B-v0.1"}  # whose config is Transformers'
 
 @dataclass(frozen=True)
 class Source:
-    """What was found of a model or of data, a verdict, the remedy, bytes to download, and a model's config where it can be read."""
+    """What was found of a model or of data, a verdict, the remedy, bytes to download, and a model's config where it can be read. After
+    a stop there is nothing to download: nothing will be."""
 
     found: str
     verdict: str = "ok"
@@ -76,7 +77,7 @@ def _config(source: str | Path) -> PreTrainedConfig | None:
 def _from_hub(kind: str, name: str) -> Source:
     api = HfApi()
     try:
-        info = api.repo_info(name, repo_type=kind, files_metadata=True, timeout=HUB_SECONDS - 1)
+        info = api.repo_info(name, repo_type=kind, files_metadata=True, timeout=HUB_SECONDS + 1)
         if info.gated:
             api.auth_check(name, repo_type=kind)
     except HFValidationError:

@@ -89,7 +89,8 @@ def test_a_run_on_drive_is_found_by_the_next_machine(new_machine, capsys):
     assert Workspace.locate().path == first / "runs" / "cpu"  # a question, which asks nobody
     run = _set_up()
     assert run.path == first / "drive" / "MyDrive" / "qlora_ag_news" / "cpu" and _asked("drive") == [str(first / "drive")]
-    assert "Colab asks for it now, for 0.3 seconds. To decline, choose \"No thanks\"; to be asked nothing, set QLORA_DRIVE=0" in _said(capsys)
+    assert ("Colab asks for it now, for 0.3 seconds. To decline, choose \"No thanks\"; to be asked nothing, set QLORA_DRIVE=0"
+            ) in _said(capsys)
     second = new_machine()
     opened, config = open_workspace()
     assert opened.path == second / "drive" / "MyDrive" / "qlora_ag_news" / "cpu" and config.train_size == 44
@@ -106,8 +107,8 @@ def test_without_drive_the_local_disk_will_do_and_it_is_said(content, monkeypatc
     monkeypatch.setenv("FAKE_DRIVE", behaviour)
     run = _set_up()
     assert run.path == content / "runs" / "cpu"
-    assert (f"Without Google Drive ({why}): this run's files stay on this machine and go when its runtime does, and the other notebooks, which "
-            "get machines of their own, will not find them. To have Drive: Runtime > Restart session and run all, and allow it."
+    assert (f"Without Google Drive ({why}): this run's files stay on this machine and go when its runtime does, and the other notebooks, "
+            "which get machines of their own, will not find them. To have Drive: Runtime > Restart session and run all, and allow it."
             ) in _said(capsys)
     assert open_workspace()[0].path == run.path
     (content / "drive" / "MyDrive").mkdir(parents=True, exist_ok=True)  # an answer that came too late
@@ -152,9 +153,9 @@ def test_02_without_drive_says_that_the_run_there_cannot_be_seen(new_machine, mo
     with pytest.raises(WorkspaceError) as raised:
         open_workspace()
     assert str(raised.value) == (
-        "runs/cpu holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first. A run on Google Drive cannot be seen from here, since "
-        "this machine is without Drive (credential propagation was unsuccessful); on its own disk there is no run. If the run is on Drive: "
-        "Runtime > Restart session and run all, and allow Drive this time.")
+        "runs/cpu holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first. A run on Google Drive cannot be seen from here, "
+        "since this machine is without Drive (credential propagation was unsuccessful); on its own disk there is no run. If the run is on "
+        "Drive: Runtime > Restart session and run all, and allow Drive this time.")
     _set_up()
     with pytest.raises(WorkspaceError, match="nothing from 02_data_subset yet.*on its own disk there is 01_setup. If the run is on Drive"):
         open_workspace("02_data_subset")
@@ -187,9 +188,9 @@ def test_a_full_drive_does_not_stop_02_and_the_run_can_be_brought_back(drive, ne
     stages.draw()
     said = _said(capsys)
     here = Path(os.environ["QLORA_WORKSPACE"])
-    assert ("Google Drive cannot be written (No space left on device). From here on the run is in runs/cpu-off-drive, on this machine's own "
-            "disk, and goes when its runtime does; what was on Drive is still there. Make room on Drive, or mount it again, and before the "
-            "runtime ends bring the run back, in a cell: !cp -r ") in said
+    assert ("Google Drive cannot be written (No space left on device). From here on the run is in runs/cpu-off-drive, on this machine's "
+            "own disk, and goes when its runtime does; what was on Drive is still there. Make room on Drive, or mount it again, and before "
+            "the runtime ends bring the run back, in a cell: !cp -r ") in said
     assert "02_data_subset is published on this machine's own disk alone. To bring it to Drive: !cp -r " in said
     run, config = open_workspace("02_data_subset")  # what comes after it in this runtime
     assert (run.path, str(run)) == (here, "runs/cpu-off-drive") and not run.path.is_relative_to(colab.CONTENT / "drive")
