@@ -45,13 +45,13 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
     model, data = reach(config)
     shape = MistralConfig() if config.base_model in MISTRALS else model.config
     size = model_size(shape) if shape else None
-    download = model.download + data.download
+    download = None if "stop" in (model.verdict, data.verdict) else model.download + data.download
     return [
         _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))), *_memory(config, size),
         Finding("versions", *check_versions()), *([_token(token)] if needs_hub(config) else []),
         Finding("base model", f"{config.base_model}: {model.found}", model.verdict, model.remedy),
         Finding("data", f"{config.data if needs_hub(config) else 'the rows'}: {data.found}", data.verdict, data.remedy),
-        *_disks(config, workspace, size, download, "stop" in (model.verdict, data.verdict)), _workspace(workspace), _plan(config, size), _minutes(config, size, model.download)]
+        *_disks(config, workspace, size, download), _workspace(workspace), _plan(config, size), _minutes(config, size, model.download)]
 
 
 def findings_table(findings: list[Finding]) -> Styler:
@@ -90,7 +90,7 @@ def _memory(config: RunConfig, size: ModelSize | None) -> list[Finding]:
         found.append(Finding("GPU memory", what, *(("stop", f"{needed / 0.9:.1f} GiB are needed: Runtime > Restart session frees what an "
                                                     "earlier run holds; else choose a larger GPU or a smaller model.") if short else ())))
     gib = psutil.virtual_memory().available / 2**30
-    least, good = 1.5, 4.0 if config.profile == "t4" else 3.0
+    least, good = 1.0, 4.0 if config.profile == "t4" else 3.0
     verdict = "stop" if gib < least else "warning" if gib < good else "ok"
     remedy = "" if verdict == "ok" else f"{good:g} GiB are comfortable: close other notebooks and programs, or restart the runtime."
     return [*found, Finding("host memory", f"{gib:.1f} GiB available", verdict, remedy)]
@@ -101,19 +101,19 @@ def _token(token: Token) -> Finding:
     return Finding("hub token", said, "warning" if token.warning else "ok", token.remedy)
 
 
-def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, download: int, unknown: bool) -> list[Finding]:
+def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, download: int | None) -> list[Finding]:
     written = bytes_written(size, config) if size else 130 * 10**6 if config.base_model == EMBEDDED_MODEL else 11 * 10**8
     cache, run = Path(constants.HF_HUB_CACHE), workspace.path
     shared = _device(cache) == _device(run)  # what both need, one disk must hold
     found = []
     for area, folder, needed, what in (("disk, downloads", cache, download, "to download"), ("disk, run", run, written, "to write")):
-        least = max(download + written if shared else needed, 5 * 10**7)
+        least = max((download or 0) + written if shared else needed or 0, 5 * 10**7)
         free = shutil.disk_usage(_there(folder)).free
         verdict = "ok" if free > 1.5 * least else "warning" if free > least or on_drive(folder) else "stop"
         remedy = f"Make room for {least / 1e9:.1f} GB and half as much again." if verdict != "ok" else ""
         if remedy and on_drive(folder):
             remedy += " When Drive is full, the run goes on on this machine's own disk."
-        said = "how much is to be downloaded is not known" if unknown and folder is cache else f"{needed / 1e9:.2f} {what}"
+        said = f"{'an unknown amount' if needed is None else f'{needed / 1e9:.2f}'} {what}"
         found.append(Finding(area, f"{free / 1e9:.1f} GB free, {said}", verdict, remedy))
     return found
 

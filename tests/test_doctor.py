@@ -79,8 +79,8 @@ def _repository(name: str, files: dict[str, int], gated=False) -> dict:
 
 
 BASE_FILES = {"model.safetensors": 4_130_000_000, "config.json": 1000, "tokenizer.json": 3_000_000, "tokenizer.model": 500_000,
-              "consolidated.safetensors": 4_130_000_000, "pytorch_model.bin": 4_000_000_000, "onnx/model.safetensors": 10**9, "README.md": 9,
-              "pytorch_model.bin.index.json": 10**6, "mistral.Q4_K_M.gguf": 4 * 10**9}
+              "consolidated.safetensors": 4_130_000_000, "pytorch_model.bin": 4_000_000_000, "onnx/model.safetensors": 10**9,
+              "README.md": 9, "pytorch_model.bin.index.json": 10**6, "mistral.Q4_K_M.gguf": 4 * 10**9}
 DATA_FILES = {"data/train-00000-of-00001.parquet": 18_600_000, "data/test-00000-of-00001.parquet": 1_230_000, "README.md": 8000}
 
 
