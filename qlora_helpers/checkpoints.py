@@ -10,9 +10,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from qlora_helpers.colab import on_drive
+from qlora_helpers.drive_copy import within_drives_time
 from qlora_helpers.errors import WorkspaceError
 from qlora_helpers.files import FAILURES, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text
 
@@ -106,7 +108,8 @@ class Checkpoints:
         if self.copies:
             self.copies.close()
         for folder in {self.folder, self.kept}:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(TimeoutError):  # of a Drive that hangs
+                within_drives_time(folder, partial(shutil.rmtree, folder, ignore_errors=True))
 
     def _compare(self, found: dict, path: Path) -> None:
         if found == self.identity:

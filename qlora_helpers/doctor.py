@@ -44,7 +44,7 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
     token = use_token(config, again=True)
     model, data = reach(config)
     shape = MistralConfig() if config.base_model in MISTRALS else model.config
-    size = model_size(shape) if shape else None
+    size = shape and model_size(shape)
     download = None if "stop" in (model.verdict, data.verdict) else model.download + data.download
     return [
         _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))), *_memory(config, size),
@@ -147,7 +147,7 @@ def _minutes(config: RunConfig, size: ModelSize | None, download: int) -> Findin
 
 
 def _there(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))  # False if Drive has died
 
 
 def _device(folder: Path) -> int:

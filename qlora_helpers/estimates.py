@@ -28,8 +28,15 @@ class ModelSize:
         return (self.linear * _NF4_BITS / 8 + self.other * 2) / 2**30
 
 
-def model_size(config: PreTrainedConfig) -> ModelSize:
-    """The size of the model that `config` describes; nothing is loaded."""
+def model_size(config: PreTrainedConfig) -> ModelSize | None:
+    """The size of the model that `config` describes; nothing is loaded. None for one that is no plain language model."""
+    try:
+        return _model_size(config)
+    except (AttributeError, ValueError, TypeError, LookupError):  # loading will say what is wrong with it
+        return None
+
+
+def _model_size(config: PreTrainedConfig) -> ModelSize:
     plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "_name_or_path")})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain, dtype=torch.float16)

@@ -8,7 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from qlora_helpers.colab import ask_for_drive, my_drive, on_colab, without_drive
+from qlora_helpers.colab import ask_for_drive, my_drive, on_colab, on_drive, without_drive
 from qlora_helpers.config import RunConfig, default_profile, project_folder
 from qlora_helpers.drive_copy import copy_back, within_drives_time
 from qlora_helpers.errors import WorkspaceError
@@ -36,8 +36,10 @@ class Workspace(RunFolder):
 
     @classmethod
     def find(cls, drive: bool | None = None) -> "Workspace":
-        """`locate`, after asking for Google Drive on a Colab machine unless `drive` (or QLORA_DRIVE, which wins) says no."""
-        if not os.environ.get("QLORA_WORKSPACE"):
+        """`locate`, after asking for Google Drive on a Colab machine unless `drive` (or QLORA_DRIVE, which wins) says no, or
+        $QLORA_WORKSPACE lies elsewhere."""
+        named = os.environ.get("QLORA_WORKSPACE")
+        if not named or on_drive(project_folder() / named):
             ask_for_drive(drive)
         return cls.locate()
 

@@ -127,9 +127,11 @@ def test_drive_is_not_asked_for_where_it_is_not_wanted(content, monkeypatch, cap
     assert not _asked("drive")
 
 
-def test_nor_where_the_workspace_is_named(content, monkeypatch):
+def test_nor_where_the_workspace_is_named_unless_it_is_on_drive(content, monkeypatch):
     monkeypatch.setenv("QLORA_WORKSPACE", "elsewhere")
-    assert _set_up().path == content / "elsewhere"
+    assert _set_up().path == content / "elsewhere" and not _asked("drive")
+    monkeypatch.setenv("QLORA_WORKSPACE", str(content / "drive" / "MyDrive" / "my run"))
+    assert _set_up().path == content / "drive" / "MyDrive" / "my run" and len(_asked("drive")) == 1
 
 
 def test_a_mounted_drive_is_left_alone_where_it_is_not_wanted(content, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from packaging.version import Version
-from transformers import AutoConfig, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, CLIPConfig, MistralConfig, MistralForCausalLM
 
 from qlora_helpers import RunConfig, Workspace, colab, doctor, hub_token, reach, versions
 from qlora_helpers.config import AG_NEWS, PROFILES
@@ -348,6 +348,7 @@ def test_sizes_are_those_of_the_models(tmp_path):
     assert size.linear * 4.127 / 8 == pytest.approx(stored, rel=0.01)
     assert size.other == sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in layers)
     assert model_size(AutoConfig.from_pretrained(embedded_checkpoint())).lora * 8 == 2_442_240  # what 03 prints
+    assert model_size(CLIPConfig()) is None
     assert mistral.linear + mistral.other == 7_241_732_096 and mistral.gib == pytest.approx(3.84, abs=0.01)  # README: 3.84 GiB
     assert bytes_written(mistral, T4) == pytest.approx(1.09e9, rel=0.01)
 
