@@ -16,7 +16,7 @@ from pathlib import Path
 from qlora_helpers.colab import on_drive
 from qlora_helpers.drive_copy import within_drives_time
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import FAILURES, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text
+from qlora_helpers.files import FAILURES, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text, writing
 
 _FAR = ("fuse", "nfs", "cifs", "smb")  # file systems that may be slow, or away for a while
 KEPT = 2  # the one before, for a disk that does not keep what it was given
@@ -91,8 +91,10 @@ class Checkpoints:
         """Raise WorkspaceError now, not after hours of training, if nothing can be written here. Of a Drive a line says so: it may be
         full or gone at any time, and the checkpoints are on this machine first."""
         for folder in {self.folder, self.kept}:
+            note = "Checkpoints of a training that is not finished. To start it over, delete this folder.\n"
             try:
-                write_text(folder / "note.txt", "Checkpoints of a training that is not finished. To start it over, delete this folder.\n")
+                with writing(folder):
+                    within_drives_time(folder, partial(write_text, folder / "note.txt", note))
             except WorkspaceError as error:
                 if not on_drive(folder):
                     raise
@@ -108,7 +110,7 @@ class Checkpoints:
         if self.copies:
             self.copies.close()
         for folder in {self.folder, self.kept}:
-            with contextlib.suppress(TimeoutError):  # of a Drive that hangs
+            with contextlib.suppress(OSError):  # of a Drive that hangs, or has gone
                 within_drives_time(folder, partial(shutil.rmtree, folder, ignore_errors=True))
 
     def _compare(self, found: dict, path: Path) -> None:

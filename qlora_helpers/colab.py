@@ -1,12 +1,13 @@
 """Google Colab: whether this is it, and its reader's Drive, which may be refused."""
 
+import errno
 import importlib.util
 import os
 from pathlib import Path
 
 from qlora_helpers.bounded import bounded
 from qlora_helpers.config import drive_wanted
-from qlora_helpers.files import reason
+from qlora_helpers.errors import reason
 
 CONTENT = Path("/content")  # where Colab's notebooks run
 MOUNT_SECONDS = 120  # for the reader to answer, and for Drive to come
@@ -25,10 +26,13 @@ def on_drive(path: str | os.PathLike) -> bool:
     return Path(os.path.abspath(path)).is_relative_to(CONTENT / "drive")
 
 
-def drive_root(path: str | os.PathLike) -> Path:
-    """The folder under the mount that holds `path`, which is `on_drive`: MyDrive, or Shareddrives."""
-    mount = CONTENT / "drive"
-    return mount.joinpath(*Path(os.path.abspath(path)).relative_to(mount).parts[:1])
+def check_mounted(path: str | os.PathLike) -> None:
+    """Raise OSError where Drive has gone from under `path`."""
+    if on_drive(path):
+        mount = CONTENT / "drive"
+        root = mount.joinpath(*Path(os.path.abspath(path)).relative_to(mount).parts[:1])  # MyDrive, or Shareddrives
+        if not os.path.isdir(root):
+            raise OSError(errno.ENOTCONN, f"{root.name} is no longer mounted")
 
 
 def my_drive() -> Path | None:

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_helpers.bounded import bounded
-from qlora_helpers.colab import drive_root, on_drive
+from qlora_helpers.colab import check_mounted, on_drive
 from qlora_helpers.config import project_folder
-from qlora_helpers.errors import WorkspaceError
+from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.files import read_file, write_file
 
 _NOT_OF_DRIVE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL}  # of what stands there, or does not
@@ -27,16 +27,14 @@ def within_drives_time(path: Path, write: Callable[[], None]) -> None:
         write()
 
 
-def check_mounted(path: Path) -> None:
-    """Raise OSError where Drive has gone from under `path`: a folder made there now would be on the local disk, and in the way of the
-    next mount."""
-    if on_drive(path) and not os.path.isdir(root := drive_root(path)):
-        raise OSError(errno.ENOTCONN, f"{root.name} is no longer mounted")
-
-
-def drive_failed(error: Exception | None) -> bool:
-    """Whether it is a disk's failure, rather than of what stands in the place of a file."""
-    return isinstance(error, OSError) and error.errno not in _NOT_OF_DRIVE
+def drive_failure(path: Path, error: Exception) -> str | None:
+    """What `error` says of Drive, where `path` lies; None if it is no failure of Drive's, but of what stands in the place of a file."""
+    with_cause = error if isinstance(error, OSError) else error.__cause__
+    try:
+        check_mounted(path)
+    except OSError as gone:
+        return reason(gone)
+    return reason(with_cause) if isinstance(with_cause, OSError) and with_cause.errno not in _NOT_OF_DRIVE else None
 
 
 class DriveCopy:

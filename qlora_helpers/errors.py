@@ -8,6 +8,11 @@ class QLoraError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in a line without the path."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(QLoraError):
     """A setting that cannot work."""
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from qlora_helpers.colab import on_drive
 from qlora_helpers.config import project_folder
-from qlora_helpers.drive_copy import DriveCopy, check_mounted, copy_back, drive_failed, within_drives_time
+from qlora_helpers.drive_copy import DriveCopy, copy_back, drive_failure, within_drives_time
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import reason, write_file, writing
+from qlora_helpers.files import make_folder, write_file, writing
 from qlora_helpers.lock import Lock
 
 
@@ -49,11 +49,11 @@ class RunFolder:
         try:
             return write()
         except (OSError, WorkspaceError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
             if self.path == before:
-                if not (self._copy and drive_failed(cause)):
+                failure = self._copy and drive_failure(before, error)
+                if not failure:
                     raise
-                self._leave_drive(cause)
+                self._leave_drive(failure)
             return write()
 
     def keep(self, name: str, data: bytes | None = None) -> None:
@@ -63,14 +63,13 @@ class RunFolder:
 
     def _make_folder(self) -> None:
         with writing(self.path):
-            check_mounted(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
 
-    def _leave_drive(self, cause: OSError) -> None:
+    def _leave_drive(self, failure: str) -> None:
         left, folder = self.path, self._copy.take_over()
         self.path, self._left, self._copy = folder, left, None
         self._lock.move(folder)
         os.environ["QLORA_WORKSPACE"] = str(folder)  # what is run again in this kernel goes on there
-        print(f"Google Drive cannot be written ({reason(cause)}). From here on the run is in {self}, on this machine's own disk, and goes "
+        print(f"Google Drive cannot be written ({failure}). From here on the run is in {self}, on this machine's own disk, and goes "
               "when its runtime does; what was on Drive is still there. Make room on Drive, or mount it again, and before the runtime ends "
               f"bring the run back, in a cell: {copy_back(folder, left)}")

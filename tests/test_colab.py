@@ -16,7 +16,7 @@ import stages
 from huggingface_hub import constants
 from huggingface_hub.utils import _auth
 
-from qlora_helpers import RunConfig, Workspace, colab, drive_copy, hub_token, open_workspace, run_folder
+from qlora_helpers import RunConfig, Workspace, colab, drive_copy, hub_token, open_workspace, run_folder, training
 from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.errors import ConfigError, TrainingStopped, WorkspaceError
 from qlora_helpers.hub_token import use_token
@@ -263,6 +263,32 @@ def test_a_drive_that_fills_up_loses_no_training(drive, tiny, capsys):
     assert "03_qlora_training is published on this machine's own disk alone" in said
     run, _ = open_workspace("02_data_subset", "03_qlora_training")
     assert str(run) == "runs/cpu-off-drive" and run.read_json("03_qlora_training", "training.json") == json.loads(json.dumps(history))
+
+
+@pytest.mark.parametrize("at", ["a step", "the adapter", "its history"])
+def test_a_drive_that_goes_away_in_03_loses_no_training(content, tiny, monkeypatch, capsys, at):
+    """At a step; when the adapter is to be written; and when the adapter is written there, and gone with it."""
+    run = Workspace.find()
+    config = stages.tiny_config(tiny)
+    run.write("config.json", config.to_json())
+    run.publish("01_setup", config, ["config.json"])
+    stages.draw()
+    run, config = open_workspace("02_data_subset")
+    trainer = stages.trainer_for(run, config, checkpoint_steps=2)
+    owner, name = {"a step": (trainer, "compute_loss"), "the adapter": (training, "save_adapter"), "its history": (run, "write")}[at]
+    real = getattr(owner, name)
+
+    def unmounted_then(*args, **kwargs):
+        if trainer.state.global_step == (4 if at == "a step" else 12):
+            (colab.CONTENT / "drive" / "MyDrive").unlink(missing_ok=True)
+        return real(*args, **kwargs)
+    monkeypatch.setattr(owner, name, unmounted_then)
+    history = trainer.fit(run)
+    said = _said(capsys)
+    assert "Google Drive cannot be written (MyDrive is no longer mounted). From here on the run is in runs/cpu-off-drive" in said
+    assert not (colab.CONTENT / "drive" / "MyDrive").exists()  # nothing was put in the place of the next mount
+    run, _ = open_workspace("02_data_subset", "03_qlora_training")
+    assert run.read_json("03_qlora_training", "training.json") == json.loads(json.dumps(history)) and len(history["train"]) == 12
 
 
 # Disconnected half-way
