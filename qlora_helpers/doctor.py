@@ -50,7 +50,8 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
         _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))), *_memory(config, size),
         Finding("versions", *check_versions()), *([_token(token)] if needs_hub(config) else []),
         Finding("base model", f"{config.base_model}: {model.found}", model.verdict, model.remedy),
-        Finding("data", f"{config.data if needs_hub(config) else 'the rows'}: {data.found}", data.verdict, data.remedy),
+        Finding("data", f"{os.path.basename(config.data) if os.path.exists(config.data) else config.data}: {data.found}", data.verdict,
+                data.remedy),
         *_disks(config, workspace, size, download), _workspace(workspace), _plan(config, size), _minutes(config, size, model.download)]
 
 

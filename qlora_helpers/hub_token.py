@@ -51,16 +51,22 @@ def needs_hub(config: RunConfig) -> bool:
 
 
 def _colab_secret() -> tuple[str | None, Token]:
-    from google.colab import userdata
-    secret, token = None, Token(None, "Colab's secret HF_TOKEN is empty.")
+    def ask() -> str | None:
+        from google.colab import userdata
+        return (userdata.get("HF_TOKEN") or "").strip() or None
+
+    secret, token = None, Token("Colab's secret HF_TOKEN")
     try:
-        if secret := (bounded(lambda: userdata.get("HF_TOKEN"), SECRET_SECONDS) or "").strip() or None:
-            token = Token("Colab's secret HF_TOKEN")
-    except (userdata.SecretNotFoundError, userdata.NotebookAccessError) as error:
-        missing = isinstance(error, userdata.SecretNotFoundError)
-        token = Token(None, "Colab has no secret HF_TOKEN." if missing else "This notebook may not read Colab's secret HF_TOKEN.")
-    except Exception as error:  # TimeoutException, and whatever else keeps Colab's page from answering
-        token = Token(None, f"Colab's secret HF_TOKEN did not come ({reason(error).rstrip('.')}): going on without it.", True, _REMEDY)
+        secret = bounded(ask, SECRET_SECONDS)
+        token = token if secret else Token(None, "Colab's secret HF_TOKEN is empty.")
+    except Exception as error:
+        kind = type(error).__name__
+        if kind == "SecretNotFoundError":
+            token = Token(None, "Colab has no secret HF_TOKEN.")
+        elif kind == "NotebookAccessError":
+            token = Token(None, "This notebook may not read Colab's secret HF_TOKEN.")
+        else:  # TimeoutException, and whatever else keeps Colab's page from answering
+            token = Token(None, f"Colab's secret HF_TOKEN did not come ({reason(error).rstrip('.')}): going on without it.", True, _REMEDY)
     with contextlib.suppress(ImportError):  # huggingface_hub would ask again, without an end where the first question still hangs
         from huggingface_hub.utils import _auth
         _auth._IS_GOOGLE_COLAB_CHECKED, _auth._GOOGLE_COLAB_SECRET = True, secret

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_helpers.colab import ask_for_drive, my_drive, on_colab, on_drive, without_drive
 from qlora_helpers.config import RunConfig, default_profile, project_folder
-from qlora_helpers.drive_copy import copy_back, within_drives_time
+from qlora_helpers.drive_copy import copy_back, drive_failure, within_drives_time
 from qlora_helpers.errors import WorkspaceError
 from qlora_helpers.files import cannot_write, flush, read_file, reason, sealed, sha256, unsealed, write_text
 from qlora_helpers.hub_token import use_token
@@ -179,6 +179,9 @@ def open_workspace(*notebooks: str, path: str | os.PathLike | None = None) -> tu
     try:
         config = _opened(workspace, notebooks)
     except WorkspaceError as error:
+        if failure := on_drive(workspace.path) and drive_failure(workspace.path, error):
+            raise WorkspaceError(f"Google Drive cannot be read ({failure}). What is on it is still there: Runtime > Restart session and "
+                                 "run all mounts it again.") from error
         if on_colab() and without_drive() and not os.environ.get("QLORA_WORKSPACE"):
             found = ", ".join(sorted(part.stem for part in (workspace / "manifests").glob("*.json"))) or "no run"
             raise WorkspaceError(f"{error} A run on Google Drive cannot be seen from here, since this machine is without Drive "

@@ -163,6 +163,15 @@ def test_02_without_drive_says_that_the_run_there_cannot_be_seen(new_machine, mo
         open_workspace("02_data_subset")
 
 
+def test_a_drive_that_cannot_be_read_is_named(content):
+    run = _set_up()
+    manifest = run / "manifests" / "01_setup.json"
+    manifest.unlink()
+    manifest.symlink_to("/proc/self/mem")  # to read it is an input/output error
+    with pytest.raises(WorkspaceError, match="^Google Drive cannot be read .Input/output error.. What is on it is still there: Runtime"):
+        open_workspace()
+
+
 # Drive fails in the middle
 
 
