@@ -16,7 +16,7 @@ from qlora_helpers.batching import free_gpu_bytes
 from qlora_helpers.colab import on_colab, on_drive, without_drive
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import PreflightError
-from qlora_helpers.estimates import ModelSize, bytes_written, expected_plan, minutes, model_size
+from qlora_helpers.estimates import ModelSize, bytes_written, expected_plan, minutes, model_size, rows_on_cpu
 from qlora_helpers.hub_token import Token, needs_hub, use_token
 from qlora_helpers.modeling import compute_dtype
 from qlora_helpers.reach import MISTRALS, reach
@@ -86,7 +86,7 @@ def _memory(config: RunConfig, size: ModelSize | None) -> list[Finding]:
     if torch.cuda.is_available():
         gib = free_gpu_bytes() / 2**30
         needed = size and size.gib + 1.1
-        what = f"{gib:.1f} GiB free" + (f"; the model takes {size.gib:.2f} in 4 bits" if size else "")
+        what = f"{gib:.1f} GiB free" + (f"; the model takes {size.gib:.2f} GiB in 4 bits" if size else "")
         short = needed and 0.9 * gib < needed
         found.append(Finding("GPU memory", what, *(("stop", f"{needed / 0.9:.1f} GiB are needed: Runtime > Restart session frees what an "
                                                     "earlier run holds; else choose a larger GPU or a smaller model.") if short else ())))
@@ -114,7 +114,7 @@ def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, down
         remedy = f"Make room for {least / 1e9:.1f} GB and half as much again." if verdict != "ok" else ""
         if remedy and on_drive(folder):
             remedy += " When Drive is full, the run goes on on this machine's own disk."
-        said = f"{'an unknown amount' if needed is None else f'{needed / 1e9:.2f}'} {what}"
+        said = f"{'an unknown amount' if needed is None else f'{needed / 1e9:.2f} GB'} {what}"
         found.append(Finding(area, f"{free / 1e9:.1f} GB free, {said}", verdict, remedy))
     return found
 
@@ -130,7 +130,8 @@ def _workspace(workspace: Workspace) -> Finding:
 def _plan(config: RunConfig, size: ModelSize | None) -> Finding:
     area = "batch plan, expected"
     if not torch.cuda.is_available():
-        return Finding(area, "03 tries it: as many rows at once as the memory lets train")
+        rows = rows_on_cpu(config, psutil.virtual_memory().available / 2**30) if config.base_model == EMBEDDED_MODEL else None
+        return Finding(area, f"{rows} rows at once; 03 tries it" if rows else "03 tries it on the model itself")
     plan = size and expected_plan(size, config, free_gpu_bytes() / 2**30)
     if not plan or not plan[0]:
         return Finding(area, "03 tries it on the model itself")

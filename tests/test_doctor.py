@@ -22,7 +22,7 @@ from qlora_helpers import RunConfig, Workspace, colab, doctor, hub_token, reach,
 from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.doctor import examine, findings_table, require_ok
 from qlora_helpers.errors import ConfigError, PreflightError
-from qlora_helpers.estimates import bytes_written, expected_plan, minutes, model_size
+from qlora_helpers.estimates import bytes_written, expected_plan, minutes, model_size, rows_on_cpu
 from qlora_helpers.modeling import embedded_checkpoint, load_base_model
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +117,7 @@ def test_without_a_gpu_and_a_network_the_embedded_model_needs_nothing(workspace,
     require_ok(findings)
     found = {one.area: one.found for one in findings}
     assert re.fullmatch(r"none: profile cpu runs in (float32|bfloat16) on \d+ cores", found["GPU"])
+    assert found["batch plan, expected"] in (f"{rows} rows at once; 03 tries it" for rows in (8, 16))
     assert found["minutes"] == "01: 1, 02: 1, 03: 5, 04: 2, 05: 1 (two CPU cores, measured)"
     assert not workspace.exists()
 
@@ -125,11 +126,11 @@ def test_a_t4_with_the_hub(t4, hub, workspace):
     found = _by_area(T4, workspace)
     assert {area: one.verdict for area, one in found.items() if one.verdict != "ok"} == {}
     assert found["GPU"].found == "Tesla T4 (capability 7.5) is older than Ampere and has no bfloat16: runs in float16"
-    assert found["GPU memory"].found == "14.6 GiB free; the model takes 3.84 in 4 bits"
+    assert found["GPU memory"].found == "14.6 GiB free; the model takes 3.84 GiB in 4 bits"
     assert found["base model"].found == f"{MISTRAL}: on the hub, 4.13 GB: 4.13 GB to download"
     assert found["data"].found == f"{AG_NEWS}: on the hub, 20 MB: 20 MB to download"
     assert found["hub token"].found == "none" and set(hub.tokens) == {None}
-    assert "4.15 to download" in found["disk, downloads"].found and "1.09 to write" in found["disk, run"].found
+    assert "4.15 GB to download" in found["disk, downloads"].found and "1.09 GB to write" in found["disk, run"].found
     assert re.match(r"16 rows at once, about (9|10|11) of 32 layers checkpointed on the longest", found["batch plan, expected"].found)
     assert found["minutes"].found == "01: 1, 02: 2, 03: 25, 04: 40, 05: 5 (a T4, on paper: never measured)"
 
@@ -196,7 +197,7 @@ def test_a_gated_model_needs_a_token_whose_owner_accepted(t4, hub, workspace, mo
     found = _by_area(gated, workspace)
     if token:
         assert found["base model"].found.endswith("on the hub, 14.48 GB: 14.48 GB to download") and f"Bearer {token}" in hub.tokens
-        assert found["hub token"].found == "from HF_TOKEN in the environment" and found["GPU memory"].found.endswith("takes 3.84 in 4 bits")
+        assert found["hub token"].found == "from HF_TOKEN in the environment" and found["GPU memory"].found.endswith("takes 3.84 GiB in 4 bits")
     else:
         assert found["base model"].verdict == "stop" and found["base model"].remedy.startswith(
             "Accept them at https://huggingface.co/mistralai/Mistral-7B-v0.1 and give that account's read token as Colab's secret HF_TOKEN")
@@ -248,7 +249,7 @@ def test_a_disk_that_is_too_small_stops(t4, hub, workspace, tmp_path, monkeypatc
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(small / "hub"))
         found = _by_area(T4, workspace)
         assert (found["disk, downloads"].verdict, found["disk, run"].verdict) == ("stop", "ok")
-        assert found["disk, downloads"].found == "0.1 GB free, 4.15 to download"
+        assert found["disk, downloads"].found == "0.1 GB free, 4.15 GB to download"
         assert found["disk, downloads"].remedy == "Make room for 4.2 GB and half as much again."
         assert _by_area(T4, small / "run")["disk, run"].remedy == "Make room for 5.2 GB and half as much again."  # both, on one disk
         monkeypatch.setattr(colab, "CONTENT", tmp_path)
@@ -326,6 +327,7 @@ def test_the_expected_plan_is_near_the_measured_ones():
     for gib, micro, layers in rows:
         expected = expected_plan(size, T4, float(gib))
         assert expected[0] == int(micro) and abs(expected[1] - int(layers)) <= 2, (gib, expected)
+    assert [rows_on_cpu(T4, gib) for gib in (4, 2, 0.3, 0.1)] == [16, 8, 2, None]
     assert expected_plan(size, T4, 4.0) == (0, 32) and expected_plan(dataclasses.replace(size, layers=16), T4, 40) is None
 
 
