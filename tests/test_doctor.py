@@ -197,7 +197,8 @@ def test_a_gated_model_needs_a_token_whose_owner_accepted(t4, hub, workspace, mo
     found = _by_area(gated, workspace)
     if token:
         assert found["base model"].found.endswith("on the hub, 14.48 GB: 14.48 GB to download") and f"Bearer {token}" in hub.tokens
-        assert found["hub token"].found == "from HF_TOKEN in the environment" and found["GPU memory"].found.endswith("takes 3.84 GiB in 4 bits")
+        assert found["hub token"].found == "from HF_TOKEN in the environment"
+        assert found["GPU memory"].found.endswith("takes 3.84 GiB in 4 bits")
     else:
         assert found["base model"].verdict == "stop" and found["base model"].remedy.startswith(
             "Accept them at https://huggingface.co/mistralai/Mistral-7B-v0.1 and give that account's read token as Colab's secret HF_TOKEN")
