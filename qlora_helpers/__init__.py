@@ -9,7 +9,8 @@ from qlora_helpers.cleaning import clean_text, normalised
 from qlora_helpers.config import LABELS, RunConfig
 from qlora_helpers.curve import learning_curve, tfidf_classifier
 from qlora_helpers.data import SPLITS, draw_subset, load_rows
-from qlora_helpers.errors import ConfigError, DataError, ModelError, QLoraError, TrainingStopped, WorkspaceError
+from qlora_helpers.doctor import examine, findings_table, require_ok
+from qlora_helpers.errors import ConfigError, DataError, ModelError, PreflightError, QLoraError, TrainingStopped, WorkspaceError
 from qlora_helpers.file_panel import FilePanel
 from qlora_helpers.files import write_text
 from qlora_helpers.headline_panel import EXAMPLES, HeadlinePanel

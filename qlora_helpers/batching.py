@@ -49,7 +49,7 @@ def plan_encoded(model: PeftModel, encoded: list[list[int]], label_ids: list[int
     """`plan_batches` for prompts that are already token ids."""
     encoded = sorted(encoded, key=len)[-effective_batch_size:]
     sizes = [size for size in range(effective_batch_size, 0, -1) if effective_batch_size % size == 0]
-    probe, limit = (_probe_gpu, _free_gpu_bytes()) if model.device.type == "cuda" else (_probe_cpu, psutil.virtual_memory().available)
+    probe, limit = (_probe_gpu, free_gpu_bytes()) if model.device.type == "cuda" else (_probe_cpu, psutil.virtual_memory().available)
     layers, limit = len(decoder_layers(model)), _SHARE * limit
     for size in sizes:
         rows = encoded[-size:]
@@ -85,7 +85,8 @@ def checkpoint_layers(model: PeftModel, count: int) -> None:
         layer.gradient_checkpointing = i < count
 
 
-def _free_gpu_bytes() -> float:
+def free_gpu_bytes() -> float:
+    """What this process may use of the GPU memory, in bytes: free, or reserved by it already."""
     free, total = torch.cuda.mem_get_info()
     return min(free + torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction())
 

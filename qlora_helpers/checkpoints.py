@@ -10,12 +10,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from qlora_helpers.colab import on_drive
+from qlora_helpers.drive_copy import within_drives_time
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import FAILURES, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text
+from qlora_helpers.files import FAILURES, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text, writing
 
-DRIVE = Path("/content/drive")  # where Colab mounts it
 _FAR = ("fuse", "nfs", "cifs", "smb")  # file systems that may be slow, or away for a while
 KEPT = 2  # the one before, for a disk that does not keep what it was given
 
@@ -86,9 +88,18 @@ class Checkpoints:
         return True
 
     def prepare(self) -> None:
-        """Raise WorkspaceError now, not after hours of training, if nothing can be written here."""
+        """Raise WorkspaceError now, not after hours of training, if nothing can be written here. Of a Drive a line says so: it may be
+        full or gone at any time, and the checkpoints are on this machine first."""
         for folder in {self.folder, self.kept}:
-            write_text(folder / "note.txt", "Checkpoints of a training that is not finished. To start it over, delete this folder.\n")
+            note = "Checkpoints of a training that is not finished. To start it over, delete this folder.\n"
+            try:
+                with writing(folder):
+                    within_drives_time(folder, partial(write_text, folder / "note.txt", note))
+            except WorkspaceError as error:
+                if not on_drive(folder):
+                    raise
+                print(f"Google Drive takes no checkpoints ({reason(error.__cause__ or error)}): they stay on this machine, in "
+                      f"{self.folder}, and go when its runtime does.")
 
     def copied(self, seconds: float) -> bool:
         """True if the newest checkpoint is where it is to be kept, after waiting for it at most so long."""
@@ -99,7 +110,8 @@ class Checkpoints:
         if self.copies:
             self.copies.close()
         for folder in {self.folder, self.kept}:
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # of a Drive that hangs, or has gone
+                within_drives_time(folder, partial(shutil.rmtree, folder, ignore_errors=True))
 
     def _compare(self, found: dict, path: Path) -> None:
         if found == self.identity:
@@ -114,7 +126,7 @@ class Checkpoints:
 
 
 def _is_far(folder: Path) -> bool:
-    if folder.is_relative_to(DRIVE):
+    if on_drive(folder):
         return True
     with contextlib.suppress(OSError):
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]

@@ -24,7 +24,7 @@ PROFILES = {
             "train_size": 280, "validation_size": 40, "test_size": 80},
 }
 _ALIASES = {"QLORA_EPOCHS": "QLORA_NUM_EPOCHS"}
-_NOT_FIELDS = {"QLORA_WORKSPACE"}  # where a run lives, not what it is
+_NOT_FIELDS = {"QLORA_WORKSPACE", "QLORA_DRIVE"}  # where a run lives, not what it is
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
 _LEAST = {"max_length": 32, "seed": 0}  # of whole numbers; 1 for the others
 
@@ -101,6 +101,16 @@ class RunConfig:
                               f"or {SAMPLE!r} (bundled), or {AG_NEWS!r} (from the hub).")
         return config
 
+    @classmethod
+    def from_form(cls, **answers: str) -> "RunConfig":
+        """`from_environment` with the answers of a form as choices; "default" leaves the profile's. Where the environment asks for
+        something else it wins, with a line that says so: the other notebooks hold to it. Raises ConfigError as `from_environment` does."""
+        choices = {name: _parsed(f"{name} in the form", name, answer) for name, answer in answers.items() if answer not in ("default", "")}
+        for name, value in _environment_choices().items():
+            if choices.get(name, value) != value:
+                print(f"QLORA_{name.upper()} in the environment is {value}: it wins over the form's {choices[name]}.")
+        return cls.from_environment(**choices)
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
@@ -131,6 +141,14 @@ def default_profile() -> str:
     return profile
 
 
+def drive_wanted(otherwise: bool = True) -> bool:
+    """$QLORA_DRIVE: 1 to keep runs on Google Drive where Colab can mount it, 0 for the local disk. Raises ConfigError for anything else."""
+    asked = os.environ.get("QLORA_DRIVE", "")
+    if asked not in ("", "0", "1"):
+        raise ConfigError(f"QLORA_DRIVE is {asked!r}: it must be 1 (Google Drive, where Colab can mount it) or 0 (the local disk).")
+    return asked == "1" if asked else otherwise
+
+
 def project_folder() -> Path:
     """What a relative path is relative to: the folder above, in a notebook that runs in notebooks/, else the current folder."""
     here = Path.cwd()  # Jupyter and nbval start a notebook in its own folder, make and a terminal one above: one run, one folder
@@ -154,16 +172,20 @@ def _check_profile(profile: str) -> None:
 
 
 def _environment_choices() -> dict:
-    choices = {}
+    choices, _ = {}, drive_wanted()
     for variable in sorted(name for name in os.environ if name.startswith("QLORA_") and os.environ[name] and name not in _NOT_FIELDS):
         text, name = os.environ[variable], _ALIASES.get(variable, variable).removeprefix("QLORA_").lower()
         if name not in _TYPES:
             near = difflib.get_close_matches(variable, [f"QLORA_{known.upper()}" for known in _TYPES] + [*_ALIASES, *_NOT_FIELDS], 1)
             raise ConfigError(f"{variable} is not a setting." + (f" Did you mean {near[0]}?" if near else ""))
-        try:
-            choices[name] = _TYPES[name](text)
-        except ValueError:
-            raise ConfigError(f"{variable} is {text!r}: it must be {_KINDS[_TYPES[name]]}.") from None
+        choices[name] = _parsed(variable, name, text)
     if choices.get("data") not in (None, AG_NEWS, SAMPLE):
         choices["data"] = os.path.abspath(project_folder() / choices["data"])
     return choices
+
+
+def _parsed(where: str, name: str, text: str):
+    try:
+        return _TYPES.get(name, str)(text)
+    except ValueError:
+        raise ConfigError(f"{where} is {text!r}: it must be {_KINDS[_TYPES[name]]}.") from None

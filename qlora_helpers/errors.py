@@ -8,6 +8,11 @@ class QLoraError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in a line without the path."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
 class ConfigError(QLoraError):
     """A setting that cannot work."""
 
@@ -26,3 +31,7 @@ class ModelError(QLoraError):
 
 class TrainingStopped(QLoraError):
     """A training that was interrupted, and goes on when it is run again."""
+
+
+class PreflightError(QLoraError):
+    """The machine, its packages or the network lack something that this run needs."""

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qlora_helpers.errors import WorkspaceError
+from qlora_helpers.colab import check_mounted
+from qlora_helpers.errors import WorkspaceError, reason
 
 FAILURES = (OSError, RuntimeError, SafetensorError)  # what a write that fails raises: torch.save, for one, a RuntimeError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -28,13 +29,19 @@ def write_file(path: Path, data: bytes) -> None:
     beside = path.with_name(path.name + ".partial")
 
     def write():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         if os.path.isdir(beside):
             shutil.rmtree(beside)
         with open(beside, "wb") as file:
             file.write(data)
     _tried(write, path)
     put_in_place(beside, path)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it. Raises OSError if it cannot be, or if Drive has gone from under it."""
+    check_mounted(path)  # a folder made there now would be on the local disk, and in the way of the next mount
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,7 +89,7 @@ def _tried(write: Callable[[], None], path: Path) -> None:
         try:
             return write()
         except OSError as error:
-            if wait is None or error.errno in _FULL | _CLOSED | _IN_THE_WAY | {errno.ENOENT}:
+            if wait is None or error.errno in _FULL | _CLOSED | _IN_THE_WAY | {errno.ENOENT, errno.ENOTCONN}:
                 raise cannot_write(path, error) from error
         time.sleep(wait)
 
@@ -106,11 +113,6 @@ def writing(path: Path):
         yield
     except FAILURES as error:
         raise cannot_write(path, error) from error
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in a line without the path."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read_file(path: Path) -> bytes:

@@ -31,6 +31,15 @@ class Lock:
                 os.close(self._file)
                 self._file = None
 
+    def move(self, folder: Path) -> None:
+        """Hold it in another folder from now on. Raises what `hold` raises."""
+        self.folder, left = folder, self._file
+        if self._depth:
+            self._file = self._locked("moved here")
+            if left is not None:
+                with contextlib.suppress(OSError):  # the disk it was on may be gone
+                    os.close(left)
+
     def _locked(self, purpose: str) -> int | None:
         file = None
         try:

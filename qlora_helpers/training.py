@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, free_memory
 from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.config import RunConfig
+from qlora_helpers.drive_copy import within_drives_time
 from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
@@ -222,11 +223,15 @@ class LabelTrainer(ResumableTrainer):
                 panel.show(self.history(self.watch.seconds), str(stopped))
             raise
         history = self.history(self.watch.seconds)
-        save_adapter(self.model, self.config, workspace / "adapter")
-        workspace.write("training.json", json.dumps(history, indent=1))
-        workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+        workspace.despite_drive(lambda: self._publish(workspace, history))
         self.checkpoints.finish()
         return history
+
+    def _publish(self, workspace: Workspace, history: dict) -> None:
+        folder = workspace / "adapter"
+        within_drives_time(folder, lambda: save_adapter(self.model, self.config, folder))
+        workspace.write("training.json", json.dumps(history, indent=1))
+        workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
 
     def _clear(self, workspace: Workspace) -> None:
         why = "An earlier training was made with other settings."

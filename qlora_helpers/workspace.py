@@ -5,68 +5,73 @@ import importlib.metadata
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
+from qlora_helpers.colab import ask_for_drive, my_drive, on_colab, on_drive, without_drive
 from qlora_helpers.config import RunConfig, default_profile, project_folder
+from qlora_helpers.drive_copy import copy_back, drive_failure, within_drives_time
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import cannot_write, flush, read_file, reason, sealed, sha256, unsealed, write_file, write_text
-from qlora_helpers.lock import Lock
+from qlora_helpers.files import cannot_write, flush, read_file, reason, sealed, sha256, unsealed, write_text
+from qlora_helpers.hub_token import use_token
+from qlora_helpers.run_folder import RunFolder
 
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "scikit-learn"]
 
 
-class Workspace:
-    """A run's folder. Each notebook publishes its files there under a manifest that is written last. One process at a time writes."""
+class Workspace(RunFolder):
+    """A run's folder. Each notebook publishes its files there under a manifest that is written last."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        super().__init__(Path(path))
         self.opened = {}  # the fingerprint of each notebook's work as `open_workspace` found it
-        self._lock = Lock(self.path)
-
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
-
-    def __str__(self) -> str:  # short where it can be, and then the same on every machine
-        return os.path.relpath(self.path, project_folder()) if self.path.is_relative_to(project_folder()) else str(self.path)
 
     @classmethod
     def locate(cls) -> "Workspace":
-        """$QLORA_WORKSPACE, else a folder on a mounted Google Drive, else `runs/<profile>` beside the notebooks folder."""
-        drive = Path("/content/drive/MyDrive")
+        """$QLORA_WORKSPACE, else a folder on a mounted Google Drive that is wanted, else `runs/<profile>` beside the notebooks folder."""
         if os.environ.get("QLORA_WORKSPACE"):
             return cls(project_folder() / os.environ["QLORA_WORKSPACE"])
-        return cls((drive / "qlora_ag_news" if drive.is_dir() else project_folder() / "runs") / default_profile())
+        drive = my_drive()
+        return cls((drive / "qlora_ag_news" if drive else project_folder() / "runs") / default_profile())
 
-    def write(self, name: str, data: bytes | str) -> None:
-        """Write the file `name`, whole or not at all. Raises WorkspaceError if it cannot be, or if another process is writing here."""
-        with self.hold(name):
-            write_file(self / name, data.encode() if isinstance(data, str) else data)
-
-    def hold(self, purpose: str):
-        """A context in which no other process writes here. Raises WorkspaceError if one does already, which it names."""
-        return self._lock.hold(purpose)
+    @classmethod
+    def find(cls, drive: bool | None = None) -> "Workspace":
+        """`locate`, after asking for Google Drive on a Colab machine unless `drive` (or QLORA_DRIVE, which wins) says no, or
+        $QLORA_WORKSPACE lies elsewhere."""
+        named = os.environ.get("QLORA_WORKSPACE")
+        if not named or on_drive(project_folder() / named):
+            ask_for_drive(drive)
+        return cls.locate()
 
     def publish(self, notebook: str, config: RunConfig, files: list[str], inputs: tuple[str, ...] = (), **facts) -> dict:
         """Write the manifest of `notebook`: the SHA-256 of each of `files` (paths or folders inside the workspace),
         the config, the fingerprints of the notebooks it read from (`inputs`), package versions, and `facts`."""
         with self.hold(notebook):
-            paths = [path for name in files for path in (sorted((self / name).rglob("*")) if (self / name).is_dir() else [self / name])]
-            paths = [path for path in paths if not path.is_dir()]
-            made = {}
-            for path in paths:
-                try:
-                    made[path.relative_to(self.path).as_posix()] = sha256(path)
-                    flush(path)
-                except OSError as error:
-                    raise WorkspaceError(f"{path} cannot be published ({reason(error)}). Run notebooks/{notebook}.ipynb again.") from error
-            identity = {"config": json.loads(config.to_json()), "files": made, "inputs": self.fingerprints(*inputs)}
-            manifest = {
-                "notebook": notebook, **identity, **facts,
-                "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-                "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-                "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            }
-            write_text(self._manifest(notebook), sealed(manifest))
+            manifest = self.despite_drive(lambda: self._publish(notebook, config, files, inputs, facts))
+        if self._left:
+            print(f"{notebook} is published on this machine's own disk alone. To bring it to Drive: {copy_back(self.path, self._left)}")
+        return manifest
+
+    def _publish(self, notebook: str, config: RunConfig, files: list[str], inputs: tuple[str, ...], facts: dict) -> dict:
+        paths = [path for name in files for path in (sorted((self / name).rglob("*")) if (self / name).is_dir() else [self / name])]
+        paths = [path for path in paths if not path.is_dir()]
+        made = {}
+        for path in paths:
+            try:
+                made[path.relative_to(self.path).as_posix()] = sha256(path)
+                flush(path)
+            except OSError as error:
+                raise WorkspaceError(f"{path} cannot be published ({reason(error)}). Run notebooks/{notebook}.ipynb again.") from error
+        identity = {"config": json.loads(config.to_json()), "files": made, "inputs": self.fingerprints(*inputs)}
+        manifest = {
+            "notebook": notebook, **identity, **facts,
+            "fingerprint": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        text = sealed(manifest)
+        within_drives_time(self.path, partial(write_text, self._manifest(notebook), text))
+        self.keep(f"manifests/{notebook}.json", text.encode())
         return manifest
 
     def fingerprints(self, *notebooks: str) -> dict[str, str]:
@@ -147,6 +152,9 @@ class Workspace:
 
     def set_aside(self, notebook: str, names: list[str]) -> Path | None:
         """Move what `notebook` published as `names` to a new folder in earlier/, and return it; None if there is nothing."""
+        return self.despite_drive(lambda: self._set_aside(notebook, names))
+
+    def _set_aside(self, notebook: str, names: list[str]) -> Path | None:
         present = [name for name in names if (self / name).exists()]
         if not self._manifest(notebook).exists() or not present:
             return None
@@ -165,15 +173,34 @@ class Workspace:
 
 
 def open_workspace(*notebooks: str, path: str | os.PathLike | None = None) -> tuple[Workspace, RunConfig]:
-    """The workspace (at `path`, else where `Workspace.locate` says) and its config, after `require` for 01_setup and each of `notebooks`.
+    """The workspace (at `path`, else where `Workspace.find` says) and its config, after `require` for 01_setup and each of `notebooks`.
     Raises WorkspaceError that names the notebook to run, ConfigError if the environment asks for other settings."""
-    workspace = Workspace(path) if path else Workspace.locate()
-    workspace.require("01_setup")
+    workspace = Workspace(path) if path else Workspace.find()
+    try:
+        config = _opened(workspace, notebooks)
+    except WorkspaceError as error:
+        if failure := on_drive(workspace.path) and drive_failure(workspace.path, error):
+            raise WorkspaceError(f"Google Drive cannot be read ({failure}). What is on it is still there: Runtime > Restart session and "
+                                 "run all mounts it again.") from error
+        if on_colab() and without_drive() and not os.environ.get("QLORA_WORKSPACE"):
+            found = ", ".join(sorted(part.stem for part in (workspace / "manifests").glob("*.json"))) or "no run"
+            raise WorkspaceError(f"{error} A run on Google Drive cannot be seen from here, since this machine is without Drive "
+                                 f"({without_drive()}); on its own disk there is {found}. If the run is on Drive: Runtime > Restart "
+                                 "session and run all, and allow Drive this time.") from error
+        raise
+    use_token(config)
+    return workspace, config
+
+
+def _opened(workspace: Workspace, notebooks: tuple[str, ...]) -> RunConfig:
+    found = {"01_setup": workspace.require("01_setup")}
     config = RunConfig.from_json(read_file(workspace / "config.json").decode())
     config.check_environment()
     for notebook in notebooks:
-        manifest = workspace.require(notebook)
-        if manifest["config"] != json.loads(config.to_json()):
+        found[notebook] = workspace.require(notebook)
+        if found[notebook]["config"] != json.loads(config.to_json()):
             raise WorkspaceError(f"what {notebook} wrote was made with other settings. Run notebooks/{notebook}.ipynb again.")
-        workspace.opened[notebook] = manifest["fingerprint"]
-    return workspace, config
+        workspace.opened[notebook] = found[notebook]["fingerprint"]
+    for name in [name for notebook in found for name in (*found[notebook]["files"], f"manifests/{notebook}.json")]:
+        workspace.keep(name)
+    return config

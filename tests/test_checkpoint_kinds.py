@@ -12,13 +12,13 @@ import pytest
 import torch
 from fake_hub import FakeHub
 from huggingface_hub import constants
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaTokenizer, MistralConfig, MistralForCausalLM, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaTokenizer, MistralConfig, MistralForCausalLM, set_seed
 
-from qlora_helpers.checkpoint_size import _memory, checkpoint_size
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
-from qlora_helpers.errors import ModelError
+from qlora_helpers.estimates import model_size
 from qlora_helpers.modeling import compute_dtype, load_base_model, load_tokenizer
 from qlora_helpers.prompts import build_prompt, encode_prompts, label_token_ids, label_words
+from qlora_helpers.reach import reach
 from qlora_helpers.scoring import label_logits
 
 sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece, which reads Mistral's tokenizer, is not installed")
@@ -144,40 +144,24 @@ def test_a_batch_of_different_lengths_answers_as_one_row_does(checkpoint):
     torch.testing.assert_close(label_logits(model, encoded, ids), alone, atol=2e-2 if model.dtype == torch.bfloat16 else 1e-4, rtol=1e-3)
 
 
-def test_the_size_is_known_before_loading(checkpoint):
-    size = checkpoint_size(checkpoint, compute_dtype()[0])
-    model = load_base_model(_config(checkpoint))
-    held = sum(p.nbytes for p in model.parameters())
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state
-            held += state.absmax.nbytes + state.state2.absmax.nbytes
-    assert size.memory == pytest.approx(held, rel=0.01)
-    assert (size.files, size.download) == (sum(path.stat().st_size for path in checkpoint.iterdir()), 0)
-    (checkpoint / "consolidated.safetensors").write_bytes(b"x" * 10**6)
-    (checkpoint / "pytorch_model.bin").write_bytes(b"x" * 10**6)
-    assert checkpoint_size(checkpoint, compute_dtype()[0]) == size
+def test_the_doctor_knows_the_memory_before_loading(checkpoint):
+    size, model = model_size(AutoConfig.from_pretrained(checkpoint)), load_base_model(_config(checkpoint))
+    layers = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    stored = sum(w.nbytes + w.quant_state.absmax.nbytes + w.quant_state.state2.absmax.nbytes for w in layers)
+    assert size.gib * 2**30 - 2 * size.other == pytest.approx(stored, rel=0.01)
+    assert size.other == sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in layers)
 
 
-def test_the_size_of_one_on_the_hub(checkpoint, monkeypatch, tmp_path):
-    """The same, and as much to download; the weights stay where they are."""
+def test_the_doctor_knows_the_download(checkpoint, monkeypatch, tmp_path):
     hub = FakeHub()
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    hub.repositories["account/mistral"] = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    here = checkpoint_size(checkpoint)
-    assert checkpoint_size("account/mistral") == dataclasses.replace(here, download=here.files)
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    hub.repositories["account/mistral"] = files | {"consolidated.safetensors": b"x" * 10**6, "pytorch_model.bin": b"x" * 10**6}
+    found, _ = reach(dataclasses.replace(_config(checkpoint), base_model="account/mistral"))
+    assert (found.verdict, found.download) == ("ok", sum(map(len, files.values()))), found
+    assert model_size(found.config) == model_size(AutoConfig.from_pretrained(checkpoint))
     assert not list(tmp_path.rglob("*.safetensors"))
-    hub.status = 429
-    with pytest.raises(ModelError, match="account/other cannot be loaded from the hub: too many requests"):
-        checkpoint_size("account/other")
     hub.close()
-
-
-def test_mistral_7b_takes_what_its_file_in_nf4_holds(tmp_path):
-    """unsloth/mistral-7b-bnb-4bit is one file of 4.13 GB, which is loaded as it is."""
-    MistralConfig(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                  num_key_value_heads=8).save_pretrained(tmp_path)
-    assert _memory(tmp_path, torch.float16) / 1e9 == pytest.approx(4.13, rel=0.01)

@@ -15,7 +15,7 @@ import pytest
 import stages
 import torch
 
-from qlora_helpers import LossPanel, Workspace, checkpoints, training
+from qlora_helpers import LossPanel, Workspace, checkpoints, colab, training
 from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.errors import ModelError, QLoraError, TrainingStopped, WorkspaceError
 from qlora_helpers.files import sealed, sha256, unsealed
@@ -303,8 +303,9 @@ def prepared_on_disk(small_disk, tiny):
 @pytest.fixture
 def drive(tmp_path, monkeypatch):
     """A folder in which every third opening for writing, flushing or renaming fails, and one hangs; and its counts."""
-    folder, counts = tmp_path / "drive", {"writes": 0, "failed": 0, "hung": 0}
-    monkeypatch.setattr(checkpoints, "DRIVE", folder)
+    folder, counts = tmp_path / "drive" / "MyDrive", {"writes": 0, "failed": 0, "hung": 0}
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(colab, "CONTENT", tmp_path)
     monkeypatch.setattr(checkpoints.tempfile, "gettempdir", lambda: str(tmp_path / "local"))
 
     def flaky(module, name, path_of):

@@ -1,0 +1,2 @@
+class Error(Exception):
+    """Base class of Colab's errors."""
