@@ -19,10 +19,10 @@ class FilePanel(ipw.VBox):
     def __init__(self, classifier: HeadlineClassifier):
         self.classifier, self.table = classifier, None
         self.upload = ipw.FileUpload(accept=".csv,.txt", multiple=False, description="CSV or .txt", layout=ipw.Layout(width="auto"))
-        self.lines = ipw.Textarea(placeholder="or paste one text a line", rows=4, description="Lines", layout=ipw.Layout(width="100%"))
+        self.lines = ipw.Textarea(placeholder="or paste one text a line", rows=4, description="Lines", layout=ipw.Layout(width="99%"))
         self.button = ipw.Button(description="Classify all", button_style="primary", tooltip="Classify the lines or the file above")
-        self.bar = ipw.IntProgress(0, min=0, max=1, layout=ipw.Layout(width="100%", visibility="hidden"))
-        self.answer = ipw.HTML(layout=ipw.Layout(width="100%"))
+        self.bar = ipw.IntProgress(0, min=0, max=1, layout=ipw.Layout(width="99%", visibility="hidden"))
+        self.answer = ipw.HTML(layout=ipw.Layout(width="99%"))
         super().__init__([ipw.HBox([self.upload, self.button]), self.lines, self.bar, self.answer], layout=ipw.Layout(max_width="720px"))
         self.button.on_click(lambda _: self.run())
 

@@ -26,7 +26,7 @@ class HeadlinePanel(ipw.VBox):
 
     def __init__(self, classifier: HeadlineClassifier, examples: Sequence[str] = ()):
         self.classifier, self.probabilities, self.asked, self._shown = classifier, None, deque(maxlen=_HISTORY), ""
-        wide = ipw.Layout(width="100%")
+        wide = ipw.Layout(width="99%")  # the rest is its margin: a whole width would bring a scrollbar
         self.text = ipw.Textarea(placeholder="Type a headline and press Enter", rows=3, layout=wide, description="Headline")
         self.button = ipw.Button(description="Classify", button_style="primary", tooltip="Classify the text above")
         self.base_model = ipw.Checkbox(False, description="beside the base model", indent=False, layout=ipw.Layout(width="auto"))

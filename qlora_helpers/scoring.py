@@ -15,7 +15,7 @@ from qlora_helpers.errors import ModelError
 from qlora_helpers.packing import pack, use_packed_attention
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 
-TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}  # enough to fill the kernels, small enough for a T4
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # enough to fill the kernels, small enough for a T4
 
 
 def label_logits(model: PreTrainedModel | PeftModel, encoded: Sequence[Sequence[int]], label_ids: list[int]) -> torch.Tensor:

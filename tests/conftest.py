@@ -25,6 +25,10 @@ class NotebookRules:
             collector.skip_compare += ("stderr", "text/html", "image/png")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--pictures", type=Path, help="a folder for screenshots of the panels in the browser")
+
+
 def pytest_configure(config):
     """The notebooks' kernels inherit this environment: the cpu profile, in a workspace of this session."""
     for name in [name for name in os.environ if name.startswith("QLORA_")]:

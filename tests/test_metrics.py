@@ -131,6 +131,13 @@ def test_the_temperature_that_made_the_probabilities_is_found_and_undone(tempera
     assert grid[np.argmin(losses)] == pytest.approx(found, rel=0.02)
 
 
+def test_few_rows_that_are_all_right_do_not_ask_for_certainty():
+    """Without the prior they would get the least temperature that is allowed; hundreds of rows are believed."""
+    sure = np.array([[0.95, 0.03, 0.01, 0.01]])
+    assert 0.7 < fit_temperature(sure.repeat(40, axis=0), [0] * 40) < 0.95
+    assert fit_temperature(sure.repeat(4000, axis=0), [0] * 4000) < 0.5
+
+
 def test_temperature_of_certain_rows_is_finite():
     probabilities = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [1.0, 0, 0, 0]])
     for references in ([0, 1, 0], [0, 1, 2]):

@@ -17,10 +17,6 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 60  # for a server to start, a page to load with a model, a file to be classified
 
 
-def pytest_addoption(parser):
-    parser.addoption("--pictures", type=Path, help="a folder for screenshots of the panels")
-
-
 @pytest.fixture(scope="session")
 def run_folder(request, tuned) -> Path:
     """The workspace that the notebooks left, earlier in this session; of a tiny random model where they did not run."""
