@@ -66,13 +66,13 @@ def reliability(probabilities: np.ndarray, references, bins: int = 15) -> tuple[
 
 def fit_temperature(probabilities: np.ndarray, references) -> float:
     """The temperature whose softened or sharpened probabilities have the least log loss (arXiv:1706.04599), between 0.25 and 10, under a
-    prior that counts little beside hundreds of rows: its logarithm is normal, with mean 0 and standard deviation 0.25. A few rows that
+    prior that counts little beside hundreds of rows: its logarithm is normal, with mean 0 and standard deviation 0.5. A few rows that
     are nearly all right would else ask for certainty."""
     rows = np.arange(len(probabilities))
 
     def log_loss(log_temperature):
         losses = -np.log(with_temperature(probabilities, np.exp(log_temperature))[rows, references])
-        return losses.mean() + (log_temperature / 0.25) ** 2 / 2 / len(rows)
+        return losses.mean() + (log_temperature / 0.5) ** 2 / 2 / len(rows)
     return float(np.exp(minimize_scalar(log_loss, bounds=np.log([0.25, 10]), method="bounded", options={"xatol": 1e-6}).x))
 
 
