@@ -17,6 +17,7 @@ from qlora_helpers.colab import on_colab, on_drive, without_drive
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import PreflightError
 from qlora_helpers.estimates import ModelSize, bytes_written, expected_plan, minutes, model_size, rows_on_cpu
+from qlora_helpers.files import nearest
 from qlora_helpers.hub_token import Token, needs_hub, use_token
 from qlora_helpers.modeling import compute_dtype
 from qlora_helpers.reach import MISTRALS, reach
@@ -109,7 +110,7 @@ def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, down
     found = []
     for area, folder, needed, what in (("disk, downloads", cache, download, "to download"), ("disk, run", run, written, "to write")):
         least = max((download or 0) + written if shared else needed or 0, 5 * 10**7)
-        free = shutil.disk_usage(_there(folder)).free
+        free = shutil.disk_usage(nearest(folder)).free
         verdict = "ok" if free > 1.5 * least else "warning" if free > least or on_drive(folder) else "stop"
         remedy = f"Make room for {least / 1e9:.1f} GB and half as much again." if verdict != "ok" else ""
         if remedy and on_drive(folder):
@@ -148,9 +149,5 @@ def _minutes(config: RunConfig, size: ModelSize | None, download: int) -> Findin
     return Finding("minutes", f"{said} ({where})")
 
 
-def _there(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))  # False if Drive has died
-
-
 def _device(folder: Path) -> int:
-    return os.stat(_there(folder)).st_dev
+    return os.stat(nearest(folder)).st_dev

@@ -150,3 +150,8 @@ def unsealed(data: bytes) -> dict:
 
 def _seal(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def nearest(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that is there."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))  # False if Drive has died

@@ -2,9 +2,10 @@
 
 import fnmatch
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
@@ -12,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntry
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import logging, tqdm
 
+from qlora_helpers.bounded import start
 from qlora_helpers.errors import QLoraError
 
 ANSWER_SECONDS = 8  # for the list of files
@@ -28,26 +30,18 @@ def fetch(name: str, kind: str, wanted: Callable[[Iterable[str]], list[str]], er
     if folder := cached(name, kind, wanted):
         return folder
     silence = _Silence()
-    found = {}
-
-    def run():
-        try:
-            found["folder"] = _download(name, kind, wanted, silence)
-        except Exception as reason:  # the hub raises a dozen kinds; the reader needs one message
-            found["reason"] = reason
-
     # A thread, since names that do not resolve and trickling answers escape the hub's own time-outs, and its downloads begin again
     # for as long as a byte comes. One that is given up ends with its next byte, or with the process.
-    worker = threading.Thread(target=run, daemon=True)
-    worker.start()
+    download = start(partial(_download, name, kind, wanted, silence))
     try:
-        while worker.is_alive() and silence.seconds() < SILENCE_SECONDS:
-            worker.join(0.1)
+        while not download.done() and silence.seconds() < SILENCE_SECONDS:
+            wait([download], 0.1)
     finally:
         silence.given_up = True
-    if "folder" in found:
-        return found["folder"]
-    reason = found.get("reason", TimeoutError(f"nothing came for {SILENCE_SECONDS} s"))
+    # the hub raises a dozen kinds; the reader needs one message
+    reason = download.exception() if download.done() else TimeoutError(f"nothing came for {SILENCE_SECONDS} s")
+    if reason is None:
+        return download.result()
     raise error(f"{name} cannot be loaded from the hub: {explain(name, kind, reason)} {otherwise}") from reason
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.errors import ModelError
-from qlora_helpers.files import cannot_write
+from qlora_helpers.files import cannot_write, nearest
 
 _ROOM = 10**9  # bytes of disk and of host memory beside what is written
 
@@ -33,7 +33,7 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
     that NF4 holds, dequantised, with (alpha / r) B A added (arXiv:2106.09685, 4.1). One decoder layer at a time is in memory.
     Raises ModelError, before anything is written, if it would not fit, and for weights that float16 cannot hold."""
     folder, base = Path(folder), classifier.model.get_base_model()
-    needed, free = merged_bytes(classifier) + _ROOM, shutil.disk_usage(_existing(folder)).free
+    needed, free = merged_bytes(classifier) + _ROOM, shutil.disk_usage(nearest(folder)).free
     if folder.exists():
         raise ModelError(f"{folder} is there already: delete it, or name another folder.")
     if free < needed:
@@ -86,7 +86,3 @@ def _merged(layer: LoraLayer) -> torch.Tensor:
     if isinstance(layer.base_layer, Linear4bit):
         weight = dequantize_4bit(weight.data, weight.quant_state)
     return weight.float() + layer.get_delta_weight(layer.active_adapters[0]).float()
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

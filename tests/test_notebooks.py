@@ -224,7 +224,7 @@ def _cut_badge(notebook):
     (lambda notebook: notebook["metadata"].update(widgets={"application/vnd.jupyter.widget-state+json": {}}),
      "holds widgets without their state"),
     (_cell(2, **_stream("stdout", "saved in /home/ann/runs")), "names a path of this machine"),
-    (_cell(2, source="open('/work/shared/x')"), "names a path of this machine"),
+    (_cell(2, source="open('/opt/data/x')"), "names a path of this machine"),
     (_cell(2, **_stream("stdout", "x" * 10**6)), "is 1 MB or more"),
     (lambda notebook: notebook["metadata"].pop("accelerator"), "does not ask for a T4"),
     (lambda notebook: notebook["metadata"]["colab"].update(gpuType="A100"), "does not ask for a T4"),
