@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from qlora_helpers import passes
 from qlora_helpers.packing import take
@@ -22,7 +22,8 @@ def fuse_lora(model: PeftModel) -> PeftModel:
 
     Layers that read the same input (q, k, v; gate, up) share its dropout mask: still dropout on each layer's input. A mask is drawn
     again in backward from its seed, which comes from the CPU's default generator. Only inputs and rank-r products are kept for
-    backward; LoRA products run in the input's dtype, from float32 weights. Where an adapter is switched off, merged, or more than
+    backward; LoRA products run in the input's dtype, from float32 weights. Without gradients, the last layer's MLP sees each row's
+    last token alone, and large batches in float32 add B A to the weights first. Where an adapter is switched off, merged, or more than
     plain LoRA beside frozen weights, and where a batch is not packed, PEFT's own layers run. Frozen weights become views of one
     matrix a group, their scales float32 (the same values): move or deep-copy a model before, not after.
     """
@@ -39,6 +40,9 @@ def fuse_lora(model: PeftModel) -> PeftModel:
             groups = _groups([block.gate_proj, block.up_proj], [block.down_proj])
             if groups:
                 block.forward = partial(_mlp, *groups, block.forward)
+    layers = [block for block in model.modules() if type(block).__name__ in {family + "DecoderLayer" for family in _FAMILIES}]
+    if layers and "forward" in vars(layers[-1].mlp):
+        layers[-1].forward = partial(_last_layer, layers[-1], layers[-1].mlp.forward.args[0], layers[-1].forward)
     return model
 
 
@@ -90,6 +94,15 @@ class _Group:
         """(outputs of all, inputs)"""
         return (dequantize_4bit(self.weight, self.state) if self.state else self.weight).to(dtype)
 
+    def tuned(self) -> torch.Tensor:
+        """(outputs of all, inputs), a copy in float32: the frozen weights and each layer's scaled B A added up."""
+        weight, (scaling, _), matrices, n = self.frozen(torch.float32), self.adapter(), self.parameters(), len(self.layers)
+        if not self.state:
+            weight = weight.clone()
+        for rows, a, b in zip(weight.split(self.sizes), matrices[:n], matrices[n:], strict=True):
+            rows.addmm_(b, a, alpha=scaling)
+        return weight
+
     def adapted(self, parameters, scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A (n r, inputs) times `scale`, and B (outputs of all, n r), block-diagonal."""
         n = len(self.layers)
@@ -120,11 +133,31 @@ def _attention(block, qkv, out, plain, hidden_states, position_embeddings, atten
 def _mlp(pair, down, plain, x):
     if not (pair.adapter() and down.adapter()):
         return plain(x)
-    return _SwiGlu.apply(pair, down, *_choices(pair), *_choices(down), x.flatten(0, -2), *pair.parameters(), *down.parameters()).view_as(x)
+    rows = x.flatten(0, -2)
+    if _adds_up(rows, pair, down):
+        gate, up = (rows @ weight.T for weight in pair.tuned().split(pair.sizes))
+        return (silu(gate, inplace=True).mul_(up) @ down.tuned().T).view_as(x)
+    return _SwiGlu.apply(pair, down, *_choices(pair), *_choices(down), rows, *pair.parameters(), *down.parameters()).view_as(x)
 
 
 def _linear(group, x):
-    return _Linear.apply(group, *_choices(group), x, *group.parameters())
+    return x @ group.tuned().T if _adds_up(x, group) else _Linear.apply(group, *_choices(group), x, *group.parameters())
+
+
+def _adds_up(x, *groups) -> bool:
+    """Whether weights and B A are added up before the product with x: less work where tokens outnumber inputs and nothing is kept for
+    backward, but half precision would round the sum."""
+    return (not torch.is_grad_enabled() and x.dtype == torch.float32 and len(x) > x.shape[1]
+            and not any(group.adapter()[1] for group in groups))
+
+
+def _last_layer(layer, pair, plain, hidden_states, ends=None, **kwargs):
+    """`plain`, its MLP for the last token of each row alone: without gradients nothing reads the others."""
+    if ends is None or torch.is_grad_enabled() or not pair.adapter():
+        return plain(hidden_states, ends=ends, **kwargs)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), ends=ends, **kwargs)
+    last = hidden_states[:, ends] + attended[:, ends]
+    return hidden_states.index_copy(1, ends, last + layer.mlp(layer.post_attention_layernorm(last)))
 
 
 def _choices(group) -> tuple[float, float, int]:

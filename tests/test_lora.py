@@ -52,11 +52,11 @@ def lora_model(checkpoint, dropout=0.0, dtype=torch.float32, nf4=True, targets=A
     return model.train()
 
 
-def logits(model) -> torch.Tensor:
-    """(rows, vocabulary), at each row's last token, of ROWS as a packed batch."""
+def logits(model, rows=ROWS) -> torch.Tensor:
+    """(rows, vocabulary), at each row's last token, of `rows` as a packed batch."""
     base = model.get_base_model()
     use_packed_attention(base)
-    packed = pack(ROWS, base.device)
+    packed = pack(rows, base.device)
     return base.lm_head(base.base_model(**packed, use_cache=False).last_hidden_state[0, packed["ends"]])
 
 
@@ -174,6 +174,19 @@ def test_eval_has_no_dropout_and_an_evaluation_leaves_the_gradients_right(checkp
     torch.testing.assert_close(first.clone(), logits(plain).detach(), rtol=1e-4, atol=1e-4)
     after = loss_and_gradients(model.train(), seed=2)
     assert_same(after[1], before[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "linear"])
+def test_a_large_batch_without_gradients_adds_the_adapter_to_a_copy_of_the_weights(checkpoint, nf4, monkeypatch):
+    expected = logits_one_by_one(lora_model(checkpoint, nf4=nf4).eval()).detach().repeat(16, 1)
+    model, added = fuse_lora(lora_model(checkpoint, nf4=nf4)).eval(), []
+    monkeypatch.setattr(_Group, "tuned", lambda group, tuned=_Group.tuned: added.append(group.sizes) or tuned(group))
+    with torch.no_grad():
+        first, second = logits(model, ROWS * 16), logits(model, ROWS * 16)
+    # each time: four groups of the first layer, two of the last, whose MLP has but a token of each row
+    assert added == [[64, 32, 32], [64], [192, 192], [64], [64, 32, 32], [64]] * 2
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_disabled_adapter_is_exactly_the_base_model(checkpoint):

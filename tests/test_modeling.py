@@ -97,7 +97,8 @@ def test_lora_is_attached_to_every_linear_module_as_the_config_says(adapted, con
 
 def test_attaching_lora_changes_no_output(base, adapted):
     before = label_probabilities(*base, TEXTS, CONFIG)
-    np.testing.assert_array_equal(label_probabilities(adapted, base[1], TEXTS, CONFIG), before)
+    after = label_probabilities(adapted, base[1], TEXTS, CONFIG)
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5)  # fewer passes round otherwise
     assert all(not b.any() for b in _weights(adapted, "lora_B").values())
 
 
