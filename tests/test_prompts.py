@@ -1,9 +1,5 @@
-import importlib.util
-import shutil
-from pathlib import Path
 
 import pytest
-from transformers import LlamaTokenizerFast
 
 from qlora_helpers import prompts
 from qlora_helpers.config import LABELS
@@ -34,15 +30,6 @@ def test_the_tokens_of_a_prompt(tokenizer):
 def test_the_label_tokens(tokenizer):
     assert label_token_ids(tokenizer, LABELS) == [2260, 15278, 8460, 2528]
     assert tokenizer.convert_ids_to_tokens([2260, 15278, 8460, 2528]) == ["ĠWorld", "ĠSports", "ĠBusiness", "ĠSci"]
-
-
-@pytest.mark.skipif(importlib.util.find_spec("mistral_common") is None, reason="Mistral's tokenizer comes with mistral-common")
-def test_the_label_tokens_of_mistral(tmp_path):
-    shipped = Path(importlib.util.find_spec("mistral_common").origin).parent / "data" / "tokenizer.model.v1"
-    shutil.copy(shipped, tmp_path / "tokenizer.model")
-    tokenizer = LlamaTokenizerFast.from_pretrained(tmp_path)
-    assert label_token_ids(tokenizer, LABELS) == [3304, 13184, 7711, 6989]
-    assert encode_prompts(tokenizer, ["Rain stops play"], 256)[0][-6:] == [17774, 15892, 1156, 13, 25462, 28747]
 
 
 def test_labels_that_begin_with_one_token_become_letters(tokenizer):
