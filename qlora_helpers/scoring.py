@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import numpy as np
 import torch
@@ -43,9 +44,9 @@ def _at_labels(causal_lm: PreTrainedModel, hidden: torch.Tensor, label_ids: list
 def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: RunConfig,
                         progress: str | Callable[[int], object] | None = None, prefix: str = "", temperature: float = 1.0) -> np.ndarray:
     """(texts, config.labels) float64 probabilities, each row summing to 1, in the order of `texts`.
-    Rows are scored in order of length, in smaller batches once one has run out of memory. `progress` names a progress bar, or is
-    called with the number of rows of each batch. `prefix` (see `few_shot_prefix`) stands before every prompt and is read once;
-    `config.max_length` does not count it. Raises ModelError if a single row runs out of memory."""
+    Rows are scored in order of length, in smaller batches once one has run out of memory; many of them on a CPU in one thread a core.
+    `progress` names a progress bar, or is called with the number of rows of each batch. `prefix` (see `few_shot_prefix`) stands before
+    every prompt and is read once; `config.max_length` does not count it. Raises ModelError if a single row runs out of memory."""
     label_ids = label_token_ids(tokenizer, config.labels)
     encoded = encode_prompts(tokenizer, list(texts), config.max_length, after_prefix=bool(prefix))
     logits = torch.empty(len(encoded), len(label_ids))
@@ -55,9 +56,16 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
     try:
         read = _read_prefix(model, tokenizer(prefix).input_ids) if prefix else None
         tokens = TOKENS_PER_BATCH[model.device.type] // (4 if prefix else 1)  # each row of a batch holds a copy of what was read
+        batches = length_batches(encoded, tokens)
         with tqdm(total=len(encoded), desc=progress, unit="row", disable=not isinstance(progress, str), mininterval=3) as bar:
             report = progress if callable(progress) else bar.update
-            batches = length_batches(encoded, tokens)
+            threads = torch.get_num_threads()
+            if model.device.type == "cpu" and not prefix and len(batches) >= 2 * threads > 2:
+                def keep(batch, found):
+                    logits[batch] = found
+                    report(len(batch))
+                _in_threads(lambda batch: label_logits(model, [encoded[i] for i in batch], label_ids), batches, keep, threads)
+                batches = []
             while batches:
                 batch = batches[0]
                 rows = [encoded[i] for i in batch]
@@ -74,6 +82,22 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
         if was_training:
             model.train()
     return torch.softmax(logits.double() / temperature, dim=-1).numpy()
+
+
+def _in_threads(score: Callable, batches: list[list[int]], keep: Callable, threads: int) -> None:
+    """`keep(batch, score(batch))` for each, scored on one core: cores that share a product wait for the slowest of them at its end."""
+    def begin():  # both are a thread's own
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+
+    pool = ThreadPoolExecutor(threads, initializer=begin)
+    try:
+        found = {pool.submit(score, batch): batch for batch in batches}
+        for done in as_completed(found):
+            keep(found[done], done.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what threads to come begin with
 
 
 def _halves(batches: list[list[int]]) -> list[list[int]]:

@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -128,6 +129,31 @@ def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(base, mon
     monkeypatch.setattr(scoring, "label_logits", limited(0))
     with pytest.raises(ModelError, match="QLORA_MAX_LENGTH"):
         label_probabilities(*base, texts, short)
+
+
+def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(base, small_batches, monkeypatch):
+    one_by_one = np.concatenate([label_probabilities(*base, [text], CONFIG) for text in TEXTS * 2])
+    before, seen = torch.get_num_threads(), set()
+
+    def watched(*args):
+        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads(), torch.is_grad_enabled()))
+        return label_logits(*args)
+
+    def stop(rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "label_logits", watched)
+    torch.set_num_threads(2)
+    try:
+        counted = []
+        found = label_probabilities(*base, TEXTS * 2, CONFIG, progress=counted.append)
+        with pytest.raises(KeyboardInterrupt):
+            label_probabilities(*base, TEXTS * 2, CONFIG, progress=stop)
+        assert torch.get_num_threads() == 2 and torch.is_grad_enabled()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {(False, 1, False)} and sum(counted) == 10 and len(counted) > 2
+    np.testing.assert_allclose(found, one_by_one, atol=1e-5 if compute_dtype()[0] == torch.float32 else 2e-2)
 
 
 def test_a_temperature_divides_the_logits(base):
