@@ -81,7 +81,7 @@ def _rotate(x, cos, sin):
     """x, its two halves as the coordinates of points turned by the angles of `cos` and `sin`; -sin turns them back."""
     half = x.shape[-1] // 2
     sign = torch.where(torch.arange(x.shape[-1], device=x.device) < half, -1, 1).to(x.dtype)
-    return torch.addcmul(x * cos[:, None], x.roll(half, -1), (sin * sign)[:, None])
+    return x * cos[:, None] + x.roll(half, -1) * (sin * sign)[:, None]
 
 
 @_one_pass(dynamic=None)

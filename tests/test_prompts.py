@@ -1,4 +1,3 @@
-
 import pytest
 
 from qlora_helpers import prompts
