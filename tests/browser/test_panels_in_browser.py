@@ -1,5 +1,6 @@
 """The panels of 05 in Chromium: on the page that Voila serves, by keyboard alone and by mouse, and in JupyterLab."""
 
+import contextlib
 import io
 import re
 import time
@@ -20,10 +21,11 @@ class Page:
     """A page with the panels, as a reader has it: what can be seen, typed and clicked."""
 
     def __init__(self, browser):
+        from selenium.common.exceptions import StaleElementReferenceException
         from selenium.webdriver.common.by import By
         from selenium.webdriver.common.keys import Keys
 
-        self.browser, self.css, self.keys = browser, By.CSS_SELECTOR, Keys
+        self.browser, self.css, self.keys, self.stale = browser, By.CSS_SELECTOR, Keys, StaleElementReferenceException
 
     def open(self, address: str, present: str = TEXT) -> "Page":
         self.browser.get(address)
@@ -38,10 +40,12 @@ class Page:
 
     def until(self, found, seconds: float = SECONDS):
         end = time.monotonic() + seconds
-        while not (value := found()):
+        while True:
+            with contextlib.suppress(self.stale):  # drawn anew while it was read
+                if value := found():
+                    return value
             assert time.monotonic() < end, self.browser.find_element(self.css, "body").text[-2000:]
             time.sleep(0.1)
-        return value
 
     def button(self, text: str):
         """The button that says `text`, whatever number follows in brackets if `text` has none."""
@@ -89,7 +93,8 @@ class Page:
         path = self.browser.downloads / name
         path.unlink(missing_ok=True)
         self.until(lambda: [a for a in self.all("a[download]") if a.text == f"Download {name}"])[0].click()
-        self.until(path.exists, 20)
+        # Chromium first puts an empty file there, beside the one that it writes
+        self.until(lambda: path.exists() and path.stat().st_size and not [*self.browser.downloads.glob("*.crdownload")])
         return path.read_bytes()
 
 
