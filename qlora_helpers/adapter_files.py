@@ -5,14 +5,15 @@ import math
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save
 
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError
+from qlora_helpers.hub import fetch
 from qlora_helpers.prompts import TEMPLATE
 from qlora_helpers.workspace import Workspace, open_workspace
 
@@ -52,18 +53,21 @@ def read_temperature(folder: Path) -> float:
 
 
 def find_adapter(source: str | os.PathLike) -> Path:
-    """The folder `source`, or a copy of the hub's `account/name` in the user's cache: its settings and weights, nothing that could run.
+    """The folder `source`, or the newest copy to be had of the hub's `account/name`: its settings and weights, nothing that could run.
     Raises ModelError if it is neither."""
     folder, name = Path(source).expanduser(), str(source)
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name[0] in "./~" or name[-1] == "/":
         raise ModelError(f"there is no adapter folder {name!r} here, and a name on the hub would be account/name.")
-    try:
-        return Path(snapshot_download(name, allow_patterns=[SETTINGS, WEIGHTS, "adapter_config.json", "calibration.json"]))
-    except Exception as error:  # the hub raises a dozen kinds; the reader needs one message
-        raise ModelError(f"{name!r} is not a folder here and cannot be loaded from the hub ({type(error).__name__}). Check the name and "
-                         "the connection; a private adapter needs a token (HF_TOKEN).") from error
+    return fetch(name, "model", _adapter_files, ModelError, f"An adapter holds {SETTINGS}, adapter_config.json and {WEIGHTS}, as "
+                 "notebooks/03_qlora_training.ipynb writes them.", newest=True)
+
+
+def _adapter_files(names: Iterable[str]) -> list[str]:
+    """What is read of an adapter; empty if it could not be used."""
+    needed = {SETTINGS, "adapter_config.json", WEIGHTS}
+    return sorted((needed | {"calibration.json"}) & set(names)) if needed <= set(names) else []
 
 
 def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:

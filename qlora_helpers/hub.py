@@ -23,11 +23,14 @@ _SETTINGS = ("config.json", "generation_config.json", "model.safetensors.index.j
              "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "*.jinja")
 
 
-def fetch(name: str, kind: str, wanted: Callable[[Iterable[str]], list[str]], error: type[QLoraError], otherwise: str) -> Path:
+def fetch(name: str, kind: str, wanted: Callable[[Iterable[str]], list[str]], error: type[QLoraError], otherwise: str,
+          newest: bool = False) -> Path:
     """The folder with the files of the hub's `name` ("model" or "dataset": its `kind`) that `wanted` picks from a list of names.
-    Nothing is asked where the cache holds them whole, so that a run goes on without a network. Raises `error`, with what to do in words and
-    `otherwise`, if the hub does not answer within 8 s or a download brings no byte for 15."""
-    if folder := cached(name, kind, wanted):
+    Nothing is asked where the cache holds them whole, so that a run goes on without a network; for the `newest`, only where the hub does
+    not give them. Raises `error`, with what to do in words and `otherwise`, if the hub does not answer within 8 s or a download brings no
+    byte for 15."""
+    folder = cached(name, kind, wanted)
+    if folder and not newest:
         return folder
     silence = _Silence()
     # A thread, since names that do not resolve and trickling answers escape the hub's own time-outs, and its downloads begin again
@@ -42,6 +45,8 @@ def fetch(name: str, kind: str, wanted: Callable[[Iterable[str]], list[str]], er
     reason = download.exception() if download.done() else TimeoutError(f"nothing came for {SILENCE_SECONDS} s")
     if reason is None:
         return download.result()
+    if folder:
+        return folder
     raise error(f"{name} cannot be loaded from the hub: {explain(name, kind, reason)} {otherwise}") from reason
 
 
@@ -118,8 +123,8 @@ def _download(name: str, kind: str, wanted: Callable, silence: "_Silence") -> Pa
         commit, sizes = files(name, kind)
         picked = wanted(sizes)
         if not picked:
-            raise _Unusable(f"it holds no {'weights as safetensors' if kind == 'model' else 'Parquet files'} that could be read. "
-                                    "Check the name.")
+            raise _Unusable(f"it holds no {'weights as safetensors' if kind == 'model' else 'Parquet files'} that could be used here. "
+                            "Check the name.")
         for file in picked:
             silence.broken()
             path = hf_hub_download(name, file, repo_type=kind, revision=commit, tqdm_class=silence.bar)

@@ -18,6 +18,7 @@ class FakeHub(ThreadingHTTPServer):
 
     def __init__(self, port: int = 0):
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.commit = COMMIT
         self.status, self.requests, self.ended = 200, [], threading.Event()
         super().__init__(("127.0.0.1", port), _Handler)
         self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -58,12 +59,12 @@ class _Handler(BaseHTTPRequestHandler):
         name = next((n for n in self.server.repositories if f"/{n}/" in f"/{path}/"), None)
         if name is None:
             return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        files = self.server.repositories[name]
+        files, commit, how = self.server.repositories[name], self.server.commit, name.partition("/")[0]
         if path.startswith("api/"):
             listing = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
-            return self._answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": listing}).encode(), {}, name.partition("/")[0])
-        content = files[path.partition(f"{COMMIT}/")[2]]
-        self._answer(200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, name.partition("/")[0])
+            return self._answer(200, json.dumps({"id": name, "sha": commit, "siblings": listing}).encode(), {}, how)
+        content = files[path.partition(f"{commit}/")[2]]
+        self._answer(200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}, how)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str], how: str = ""):
         self.send_response(status)

@@ -13,6 +13,7 @@ import pytest
 from fake_hub import COMMIT, FakeHub, write_cache
 
 import qlora_helpers
+from qlora_helpers import HeadlineClassifier
 from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.data import parquet_files
 from qlora_helpers.errors import ModelError
@@ -20,11 +21,14 @@ from qlora_helpers.hub import checkpoint_files
 from qlora_helpers.modeling import load_tokenizer
 
 MODEL = PROFILES["t4"]["base_model"]
+ADAPTER = "adapters/news"
 PARQUET = ("data/test-00000-of-00001.parquet", "data/train-00000-of-00001.parquet")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 _READER = """
 import json, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from qlora_helpers import HeadlineClassifier
+from qlora_helpers.adapter_files import find_adapter
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import ModelError, QLoraError
@@ -36,6 +40,8 @@ calls = {
     "rows": lambda: {split: table.to_dict("list") for split, table in load_rows(config).items()},
     "tokenizer": lambda: len(load_tokenizer(config)),
     "model": lambda: (model := load_base_model(config)).name_or_path + " " + model.config._commit_hash,
+    "adapters/news": lambda: ((classifier := HeadlineClassifier.from_adapter("adapters/news")).probabilities(["Rain"]).tolist(),
+                              classifier.temperature, sorted(file.name for file in find_adapter("adapters/news").iterdir())),
 }
 
 def call(name):
@@ -99,7 +105,7 @@ def readers(tmp_path_factory):
 @pytest.fixture
 def hub(readers):
     """The server, which knows nothing and answers nothing unusual when a test begins."""
-    readers["server"].status, readers["server"].requests = 200, []
+    readers["server"].status, readers["server"].commit, readers["server"].requests = 200, COMMIT, []
     readers["server"].repositories.clear()
     return readers["server"]
 
@@ -122,7 +128,8 @@ def news(tmp_path_factory) -> dict[str, bytes]:
 ROWS = {"train": {"raw": ["tr one", "tr two"], "label": [2, 0]}, "test": {"raw": ["te one", "te two"], "label": [2, 0]}}
 OUT = {"rows": ("DataError", AG_NEWS, "Or set QLORA_DATA to a folder with train.csv and test.csv, or QLORA_DATA=sample"),
        "tokenizer": ("ModelError", MODEL, "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or QLORA_PROFILE=cpu"),
-       "model": ("ModelError", MODEL, "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or QLORA_PROFILE=cpu")}
+       "model": ("ModelError", MODEL, "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or QLORA_PROFILE=cpu"),
+       ADAPTER: ("ModelError", ADAPTER, "An adapter holds qlora_config.json, adapter_config.json and adapter_model.safetensors, as")}
 
 
 def check(answers: dict, *remedies: str, within: float = 20) -> None:
@@ -157,8 +164,8 @@ def test_a_hub_that_refuses_is_asked_once(hub, readers, status, remedy):
 
 def test_a_hub_that_takes_the_connection_and_never_answers(hub, readers):
     hub.status = 0
-    check(readers["hub"]("rows", "tokenizer", "model"), "cannot be reached, or stopped answering (ReadTimeout). Check the connection")
-    assert len(hub.asked(MODEL, AG_NEWS)) == 3
+    check(readers["hub"](*OUT), "cannot be reached, or stopped answering (ReadTimeout). Check the connection")
+    assert len(hub.asked(MODEL, AG_NEWS, ADAPTER)) == 4
     assert quiet(readers["hub"])
 
 
@@ -186,6 +193,25 @@ def test_what_is_there_is_fetched_once_and_loads(hub, readers, checkpoint, news)
     hub.requests.clear()
     assert {name: answer for name, (answer, _) in reader(*expected).items()} == expected
     assert hub.asked(MODEL, AG_NEWS) == []
+
+
+def test_an_adapter_is_the_newest_that_can_be_had(hub, readers, tuned):
+    """Its settings and weights and nothing else; what the cache holds only where the hub does not answer."""
+    check(readers["hub"](ADAPTER), "there is no such model (404). Check the name.", within=5)
+    hub.repositories[ADAPTER] = {"config.json": b"{}", "model.safetensors": b""}
+    check(readers["hub"](ADAPTER), "it holds no weights as safetensors that could be used here", within=5)
+    files = {path.name: path.read_bytes() for path in (tuned / "adapter").iterdir()}
+    alone = HeadlineClassifier.from_adapter(tuned / "adapter")
+    for commit, temperature in ((COMMIT, 1.5), (COMMIT[::-1], 3.0)):
+        hub.commit, alone.temperature = commit, temperature
+        hub.repositories[ADAPTER] = files | {"calibration.json": json.dumps({"temperature": temperature}).encode(), "train.py": b"1 / 0"}
+        expected = [alone.probabilities(["Rain"]).tolist(), temperature, [
+            "adapter_config.json", "adapter_model.safetensors", "calibration.json", "qlora_config.json"]]
+        assert readers["hub"](ADAPTER)[ADAPTER][0] == expected
+    for hub.status in (503, 0):
+        answer, seconds = readers["hub"](ADAPTER)[ADAPTER]
+        assert answer == expected and seconds < 30  # asked twice: once to classify, once for the list
+    assert quiet(readers["hub"])
 
 
 def test_a_name_that_does_not_resolve_and_a_cache_that_comes_along(readers, checkpoint, news):
