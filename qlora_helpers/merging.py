@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -31,7 +32,8 @@ def merged_bytes(classifier: HeadlineClassifier) -> int:
 def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> Path:
     """Write the tuned model to the new `folder` as a float16 checkpoint that Transformers loads without PEFT and bitsandbytes: the weights
     that NF4 holds, dequantised, with (alpha / r) B A added (arXiv:2106.09685, 4.1). One decoder layer at a time is in memory.
-    Raises ModelError, before anything is written, if it would not fit, and for weights that float16 cannot hold."""
+    Raises ModelError, before anything is written, if it would not fit, and for weights that float16 cannot hold; WorkspaceError if the
+    disk does not take it all the same, and nothing of it stays."""
     folder, base = Path(folder), classifier.model.get_base_model()
     needed, free = merged_bytes(classifier) + _ROOM, shutil.disk_usage(nearest(folder)).free
     if folder.exists():
@@ -65,7 +67,7 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
         type(base.config).from_dict(config).save_pretrained(made)
         classifier.tokenizer.save_pretrained(made)
         os.replace(made, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise cannot_write(folder, error) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -1,3 +1,4 @@
+import resource
 import shutil
 from collections import namedtuple
 
@@ -6,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import merge_adapter, merged_bytes
-from qlora_helpers.errors import ModelError
+from qlora_helpers import export_adapter, merge_adapter, merged_bytes
+from qlora_helpers.errors import ModelError, WorkspaceError
 from qlora_helpers.prompts import build_prompt, label_token_ids
 
 TEXTS = ["Striker signs record contract", "Oil climbs as the port closes for a third week, and prices follow", "Rain"]
@@ -46,3 +47,15 @@ def test_a_folder_that_is_there_is_left_alone(classifier, tmp_path):
     with pytest.raises(ModelError, match="merged is there already: delete it"):
         merge_adapter(classifier, tmp_path / "merged")
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine"]
+
+
+def test_a_disk_that_takes_no_more_is_named_and_nothing_half_stays(tuned, classifier, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # bytes of each file
+    try:
+        for write, made, name in ((export_adapter, tuned, "adapter.zip"), (merge_adapter, classifier, "merged")):
+            with pytest.raises(WorkspaceError, match=rf"{name} cannot be written \(.*File too large"):
+                write(made, tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.partial").exists() and not (tmp_path / "adapter.zip").exists()
