@@ -116,7 +116,7 @@ def test_without_a_gpu_and_a_network_the_embedded_model_needs_nothing(workspace,
                                               "workspace", "batch plan, expected", "minutes"]
     require_ok(findings)
     found = {one.area: one.found for one in findings}
-    assert re.fullmatch(r"none: profile cpu runs in (float32|bfloat16) on \d+ cores", found["GPU"])
+    assert re.fullmatch(r"none: profile cpu runs in float32 on \d+ cores", found["GPU"])
     assert found["batch plan, expected"] in (f"{rows} rows at once; 03 tries it" for rows in (8, 16))
     assert found["minutes"] == "01: 1, 02: 1, 03: 5, 04: 2, 05: 1 (two CPU cores, measured)"
     assert not workspace.exists()
