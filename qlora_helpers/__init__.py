@@ -1,6 +1,6 @@
 """What the five notebooks share: QLoRA on AG News, from a run's config to the headline panel."""
 
-from qlora_helpers import plots
+from qlora_helpers import _bitsandbytes, plots
 from qlora_helpers.adapter_files import export_adapter
 from qlora_helpers.batching import BatchPlan, plan_batches
 from qlora_helpers.card import model_card
