@@ -211,14 +211,17 @@ def test_pasted_lines(page, expected):
 
 
 def test_a_page_without_a_run_says_what_to_do(browser, empty_page):
-    said = Page(browser).open(empty_page, "h2").one("body").text
-    assert "Not ready" in said and "holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first." in said
+    page = Page(browser).open(empty_page, "h2")
+    page.until(lambda: "Not ready" in page.one("body").text)  # the page that is shown until then has an h2 as well
+    said = page.one("body").text
+    assert "holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first." in said
     assert "Traceback" not in said
 
 
 def test_notebook_5_in_jupyterlab(browser, lab, expected, request):
     page = Page(browser)
     browser.get(f"{lab}/lab/tree/05_inference.ipynb")
+    page.until(lambda: "| Idle" in page.one("body").text)  # the kernel is there: a click before may run nothing
     page.until(lambda: [menu for menu in page.all(".lm-MenuBar-itemLabel") if menu.text == "Run"])[0].click()
     page.until(lambda: [item for item in page.all(".lm-Menu-itemLabel") if item.text in ("Run All", "Run All Cells")])[0].click()
     page.one(TEXT)
