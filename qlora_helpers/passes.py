@@ -1,23 +1,81 @@
 """The elementwise passes between a decoder layer's products: each one kernel on a GPU, plain PyTorch elsewhere."""
 
+import os
+from collections.abc import Callable
 from functools import cache, wraps
 from importlib.util import find_spec
 
 import torch
 from torch.nn.functional import silu
 
+_failure = None  # why compiling or running a compiled pass failed in this process
 
-def _one_pass(dynamic):
-    """On a GPU, a function compiled to one kernel, at once for all shapes and seeds (True) or for those that are seen to change (None);
-    elsewhere as it stands."""
+
+def _one_pass(dynamic: bool | None) -> Callable:
+    """Return a decorator that compiles a function of tensors to one kernel on a GPU.
+
+    `dynamic` is True to compile once for all shapes and numbers. It is None to compile once for
+    all lengths of the tensors' first dimension, while the other dimensions and the numbers are
+    constants. Elsewhere, and once a compilation has failed, the function runs as it stands.
+    """
+
     def decorate(function):
-        compiled = cache(lambda: torch.compile(function, dynamic=dynamic) if find_spec("triton") else function)
+        known = set()  # the kinds of arguments that were seen
+
+        @cache
+        def compiled():
+            if len(os.sched_getaffinity(0)) <= 2:
+                # Worker processes would take both cores from the process that waits for them.
+                torch._inductor.config.compile_threads = 1
+            return torch.compile(function, dynamic=dynamic)
 
         @wraps(function)
-        def call(x, *args):
-            return (compiled() if x.is_cuda else function)(x, *args)
+        def call(*args):
+            if _failure or not _compiles(args[0]):
+                return function(*args)
+            if dynamic is None:
+                _free_lengths(args, known)
+            try:
+                return compiled()(*args)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of Dynamo, Inductor, Triton or the driver
+                _fall_back(error)
+                return function(*args)
+
         return call
+
     return decorate
+
+
+def _free_lengths(args: tuple, known: set) -> None:
+    """Have the compiler take the tensors' lengths as variables of their own, if it has not compiled
+    this kind of arguments yet: lengths that are equal now may differ later."""
+    kind = tuple((x.dtype, x.shape[1:]) if torch.is_tensor(x) else x for x in args)
+    if kind in known:
+        return
+    known.add(kind)
+    for tensor in filter(torch.is_tensor, args):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _compiles(x: torch.Tensor) -> bool:
+    """Return whether passes over `x` are compiled. A single token is not worth a kernel of its own,
+    which it would get: the compiler makes a constant of a length of 1."""
+    return x.is_cuda and len(x) > 1 and _has_triton()
+
+
+def _fall_back(error: Exception) -> None:
+    """Use the plain functions from now on, and say so in one line."""
+    global _failure
+    _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    print(f"The fused kernels cannot be compiled here ({_failure}). Plain PyTorch functions are "
+          "used instead: the results are the same, a step takes longer.")
 
 
 def keep_mask(x, rate, seed) -> torch.Tensor:
