@@ -23,9 +23,10 @@ def fuse_lora(model: PeftModel) -> PeftModel:
     Layers that read the same input (q, k, v; gate, up) share its dropout mask: still dropout on each layer's input. A mask is drawn
     again in backward from its seed, which comes from the CPU's default generator. Only inputs and rank-r products are kept for
     backward; LoRA products run in the input's dtype, from float32 weights. Without gradients, the last layer's MLP sees each row's
-    last token alone, and large batches in float32 add B A to the weights first. Where an adapter is switched off, merged, or more than
-    plain LoRA beside frozen weights, and where a batch is not packed, PEFT's own layers run. Frozen weights become views of one
-    matrix a group, their scales float32 (the same values): move or deep-copy a model before, not after.
+    last token alone, and large batches in float32 add B A to the weights first. An adapter that is switched off has rank 0 here: the base
+    model and the tuned model take the same code, and differ by B A alone. Where an adapter is merged or more than plain LoRA beside
+    frozen weights, and where a batch is not packed, PEFT's own layers run. Frozen weights become views of one matrix a group, their
+    scales float32 (the same values): move or deep-copy a model before, not after.
     """
     for block in list(model.modules()):
         block.__dict__.pop("forward", None)  # of an adapter that was there before: kept, it would hold that one's memory
@@ -74,8 +75,11 @@ class _Group:
             self.state = QuantState(scales, shape, state.code, state.blocksize, state.quant_type, dtype)
 
     def adapter(self) -> tuple | None:
-        """Scaling and present dropout rate of the one adapter at work, the same in all layers; None without one."""
+        """Scaling and present dropout rate of the one adapter, the same in all layers; zeros if it is switched off. None where there is
+        no such adapter."""
         name, *others = self.layers[0].active_adapters or [None]
+        if self.is_off() and not any(layer.merged for layer in self.layers):
+            return 0.0, 0.0
         found = set()
         for layer in self.layers:
             if others or layer.disable_adapters or layer.merged or layer.active_adapters != [name] or name not in layer.lora_A:
@@ -85,8 +89,14 @@ class _Group:
             found.add((name, layer.r[name], layer.scaling[name], rate))
         return found.pop()[2:] if len(found) == 1 else None
 
+    def is_off(self) -> bool:
+        """Return whether the adapter is switched off in all layers."""
+        return all(layer.disable_adapters for layer in self.layers)
+
     def parameters(self) -> list[nn.Parameter]:
-        """Each layer's A (r, inputs), then each layer's B (outputs, r)."""
+        """Each layer's A (r, inputs), then each layer's B (outputs, r); none while the adapter is switched off."""
+        if self.is_off():
+            return []
         name = self.layers[0].active_adapters[0]
         return [getattr(layer, matrix)[name].weight for matrix in ("lora_A", "lora_B") for layer in self.layers]
 
@@ -95,8 +105,10 @@ class _Group:
         return (dequantize_4bit(self.weight, self.state) if self.state else self.weight).to(dtype)
 
     def tuned(self) -> torch.Tensor:
-        """(outputs of all, inputs), a copy in float32: the frozen weights and each layer's scaled B A added up."""
+        """(outputs of all, inputs) in float32: the frozen weights and each layer's scaled B A added up, to read only."""
         weight, (scaling, _), matrices, n = self.frozen(torch.float32), self.adapter(), self.parameters(), len(self.layers)
+        if not matrices:
+            return weight
         if not self.state:
             weight = weight.clone()
         for rows, a, b in zip(weight.split(self.sizes), matrices[:n], matrices[n:], strict=True):
@@ -106,11 +118,16 @@ class _Group:
     def adapted(self, parameters, scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A (n r, inputs) times `scale`, and B (outputs of all, n r), block-diagonal."""
         n = len(self.layers)
+        if not parameters:  # rank 0: its product is a matrix of zeros, to which the frozen product is added as ever
+            empty = torch.empty(0, device=self.weight.device, dtype=dtype)
+            return empty.view(0, self.layers[0].in_features), empty.view(sum(self.sizes), 0)
         return torch.cat(parameters[:n]).mul_(scale).to(dtype), torch.block_diag(*parameters[n:]).to(dtype)
 
     def gradients(self, grad_a, grads_b, scale) -> list[torch.Tensor]:
         """Of `parameters`, in float32, from those of A (n r, inputs) and of each layer's rows of B (outputs, n r)."""
         n = len(self.layers)
+        if not len(grad_a):
+            return []
         return [*grad_a.float().mul_(scale).chunk(n), *(grad.chunk(n, 1)[i].float() for i, grad in enumerate(grads_b))]
 
 
@@ -131,7 +148,7 @@ def _attention(block, qkv, out, plain, hidden_states, position_embeddings, atten
 
 
 def _mlp(pair, down, plain, x):
-    if not (pair.adapter() and down.adapter()):
+    if not (pair.adapter() and down.adapter() and pair.is_off() == down.is_off()):
         return plain(x)
     rows = x.flatten(0, -2)
     if _adds_up(rows, pair, down):

@@ -12,10 +12,11 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from qlora_helpers.adapter_files import SETTINGS, settings_json
+from qlora_helpers.adapter_files import SETTINGS, WEIGHTS, settings_json
 from qlora_helpers.adapters import check_adapter
 from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
@@ -48,13 +49,22 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def use_expandable_segments() -> None:
+    """Let the GPU allocator grow its segments: batches of many sizes then leave no gaps that none of them fits.
+
+    PYTORCH_CUDA_ALLOC_CONF is read once, when CUDA is initialised, and importing bitsandbytes does that: a variable that is set
+    here would come too late. One that the reader has set stays in force.
+    """
+    if torch.cuda.is_available() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def load_base_model(config: RunConfig) -> PreTrainedModel:
     """`config.base_model` in NF4 with double quantisation, in eval mode; a checkpoint that is already quantised is loaded as it is.
     Raises ModelError if the checkpoint cannot be had."""
     free_memory()  # a model that was here before goes first: patched forwards are cycles, which wait for the collector
     dtype, _ = compute_dtype()
-    # before the first allocation: batches of many sizes would else leave gaps in the GPU memory that none of them fits
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    use_expandable_segments()
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
     # a checkpoint in 4 bits brings its own config, which any that is passed, None too, would replace
     quantise = {} if hasattr(_load(AutoConfig, config), "quantization_config") else {"quantization_config": nf4}
@@ -104,7 +114,7 @@ def _checkpoint(base_model: str) -> Path:
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     """`model` with float32 LoRA layers beside its frozen weights. B starts at zero: outputs do not change (arXiv:2106.09685, 4.1)."""
     torch.manual_seed(seed)  # for the random A
-    with _quiet():
+    with _peft():
         return _checked(get_peft_model(model, lora))
 
 
@@ -123,15 +133,34 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """`model`, from `load_base_model`, with the adapter that `save_adapter` wrote to `folder`, ready to score. Raises ModelError,
     before anything of it is loaded, for a folder that holds anything but plain LoRA weights of this base model."""
     check_adapter(model, Path(folder))
-    with _quiet():
-        return _checked(PeftModel.from_pretrained(model, folder)).eval()
+    with _peft():
+        loaded = _checked(PeftModel.from_pretrained(model, folder)).eval()
+    _check_loaded(loaded, Path(folder))
+    return loaded
+
+
+def _check_loaded(model: PeftModel, folder: Path) -> None:
+    """Raise ModelError unless each weight of the adapter in `folder` is in `model`: PEFT only warns of one that it did not load."""
+    parameters = {name.replace(".default.weight", ".weight"): p for name, p in model.named_parameters() if "lora_" in name}
+    weights = load_file(folder / WEIGHTS)
+    for name in weights.keys() | parameters.keys():
+        if name not in weights or name not in parameters or not torch.equal(parameters[name].cpu(), weights[name].float()):
+            raise ModelError(f"the adapter in {folder} was not loaded whole: {name} differs. Run notebooks/03_qlora_training.ipynb again.")
 
 
 @contextlib.contextmanager
-def _quiet():
-    with warnings.catch_warnings():  # PEFT calls what Transformers renames: nothing that a reader can act on
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+def _peft():
+    """Hide what a reader cannot act on, and turn PEFT's refusal of an old torchao into a ModelError with the remedy."""
+    try:
+        with warnings.catch_warnings():  # PEFT calls what Transformers renames
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    except ImportError as error:
+        if "torchao" not in str(error):
+            raise
+        # PEFT asks for torchao only where a layer is not in 4 bits.
+        raise ModelError(f"PEFT cannot put LoRA beside a layer that is not in 4 bits while this torchao is installed ({error}). Nothing "
+                         "here needs torchao: run %pip uninstall -y torchao, then Runtime > Restart session and run all.") from error
 
 
 def _checked(model: PeftModel) -> PeftModel:

@@ -202,6 +202,41 @@ def test_a_disabled_adapter_is_exactly_the_base_model(checkpoint):
     assert (adapted - base).abs().max() > 0.1
 
 
+def test_a_fresh_adapter_changes_no_bit_of_an_answer(checkpoint):
+    """B is zero, and the model takes the same code with the adapter switched off and on, in every dtype."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model = lora_model(checkpoint, dtype=dtype).eval()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.zeros_(weight)
+        fuse_lora(model)
+        for rows in (ROWS, ROWS[:1], ROWS * 16):
+            with torch.no_grad():
+                on = logits(model, rows)
+                with model.disable_adapter():
+                    assert torch.equal(logits(model, rows), on)
+
+
+def test_a_layer_whose_adapter_alone_is_off_runs_pefts_own_path(checkpoint):
+    """The halves of an MLP are then in different states, which no fused product knows."""
+    model = lora_model(checkpoint).eval()
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.down_proj.enable_adapters(False)
+    expected = logits(model).detach()
+    torch.testing.assert_close(logits(fuse_lora(model)).detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_through_a_switched_off_adapter(checkpoint):
+    model = lora_model(checkpoint).eval()
+    x = torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    mlp = model.get_base_model().model.layers[0].mlp
+    with model.disable_adapter():
+        [expected] = torch.autograd.grad(mlp(x).square().sum(), x)
+        fuse_lora(model)
+        [found] = torch.autograd.grad(mlp(x).square().sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_saved_adapter_is_unchanged_and_loads_into_a_fused_model(checkpoint, tmp_path):
     model = lora_model(checkpoint)
     names = [name for name, _ in model.named_parameters()]
