@@ -18,7 +18,7 @@ from qlora_helpers.merging import merge_adapter, merged_bytes
 from qlora_helpers.metrics import fit_temperature, mcnemar, reliability, scoreboard, scores, wilson_interval, with_temperature
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model, load_tokenizer, save_adapter
 from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids, label_words
-from qlora_helpers.scoring import label_logits, label_probabilities
+from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
 from qlora_helpers.text_table import classify_file
 from qlora_helpers.training import LabelTrainer
 from qlora_helpers.widgets import ErrorExplorer, LossPanel, review_table

@@ -55,6 +55,7 @@ class ResumableTrainer(Trainer):
 
     def __init__(self, *args, checkpoint_minutes: float, checkpoint_steps: int | None, **kwargs):
         self.checkpoints: Checkpoints | None = None
+        self._trainable: dict[str, torch.nn.Parameter] = {}
         self.epochs_before, self.best = 0, {}  # whole epochs before this training went on; the trainable weights of the best one
         super().__init__(*args, **kwargs)
         self.due = _Due(self, checkpoint_minutes, checkpoint_steps)
@@ -72,13 +73,16 @@ class ResumableTrainer(Trainer):
     def steps_per_epoch(self) -> int:
         return -(-len(self.train_dataset) // (self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps))
 
-    def trainable(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        """Return the trainable parameters by name. They are looked up once: LoRA makes thousands of modules of a model."""
+        if not self._trainable:
+            self._trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return self._trainable
 
     def put(self, weights: dict[str, torch.Tensor]) -> None:
         """Give the model these trainable weights, if there are any."""
         for name, p in self.trainable().items() if weights else ():
-            p.copy_(weights[name])
+            p.data.copy_(weights[name])
 
     def _determine_best_metric(self, metrics, trial):
         if not np.isfinite(metrics["eval_loss"]):
@@ -86,11 +90,11 @@ class ResumableTrainer(Trainer):
                              f"longer numbers. Try a lower QLORA_LEARNING_RATE (now {self.args.learning_rate:g}).")
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best:
-            self.best = {name: p.cpu().clone() for name, p in self.trainable().items()}
+            self.best = {name: p.detach().cpu().clone() for name, p in self.trainable().items()}
         return is_best
 
     def _save_checkpoint(self, model, trial):
-        weights = {name: p.cpu() for name, p in self.trainable().items()}
+        weights = {name: p.detach().cpu() for name, p in self.trainable().items()}
         if not self.checkpoints or not all(p.isfinite().all() for p in weights.values()):
             return  # the next loss will say that the weights are no longer numbers: the checkpoint before stays the newest
 
@@ -120,7 +124,7 @@ class ResumableTrainer(Trainer):
             return None
         folder, manifest = found
         rows, accumulated = manifest["cut"]
-        self.args.per_device_train_batch_size = self.args.per_device_eval_batch_size = rows
+        self.args.per_device_train_batch_size = rows
         self.args.gradient_accumulation_steps, self._train_batch_size = accumulated, self.args.train_batch_size
         self.args.eval_on_start, self.epochs_before = False, manifest["step"] // self.steps_per_epoch
         self.take_over(manifest["facts"])

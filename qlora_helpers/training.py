@@ -23,11 +23,17 @@ from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
 from qlora_helpers.resuming import ResumableTrainer
-from qlora_helpers.scoring import label_logits
+from qlora_helpers.scoring import label_logits, label_probabilities
 from qlora_helpers.widgets import LossPanel
 from qlora_helpers.workspace import Workspace
 
 NOTEBOOK = "03_qlora_training"
+
+
+def _one_gpu(args: TrainingArguments) -> TrainingArguments:
+    """Return `args` for one GPU, whatever is visible: the Trainer would multiply the batch by the number of GPUs."""
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 class _Watch(TrainerCallback):
@@ -70,19 +76,19 @@ class LabelTrainer(ResumableTrainer):
         self.checkpoint_folder = checkpoints
         self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
         self._peak_before, self._losses = None, []  # losses of the micro-batches since the last optimizer step
-        encoded = {split: datasets.Dataset.from_dict({
-            "input_ids": encode_prompts(tokenizer, subset[split].text.tolist(), config.max_length),
-            "labels": subset[split].label.tolist(), "row": range(len(subset[split]))}) for split in ("train", "validation")}
+        self._tokenizer, self._validation = tokenizer, subset["validation"]
+        self._probabilities = self.best_probabilities = []  # of the validation rows, at the last evaluation and at the best one
+        rows = datasets.Dataset.from_dict({"input_ids": encode_prompts(tokenizer, self.texts, config.max_length),
+                                           "labels": subset["train"].label.tolist(), "row": range(len(self.texts))})
         dtype, _ = compute_dtype()
         super().__init__(
             checkpoint_minutes=checkpoint_minutes, checkpoint_steps=checkpoint_steps,
-            model=model, train_dataset=encoded["train"], eval_dataset=encoded["validation"], data_collator=self._collate,
-            compute_metrics=lambda p: scores(p.predictions.argmax(-1).tolist(), p.label_ids.tolist(), config.labels),
-            args=TrainingArguments(
+            model=model, train_dataset=rows, eval_dataset=self._validation, data_collator=self._collate,
+            args=_one_gpu(TrainingArguments(
                 output_dir=tempfile.gettempdir(),  # it writes nothing there: `_save_checkpoint` is not the Trainer's
                 seed=config.seed, num_train_epochs=config.num_epochs,
                 per_device_train_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
-                per_device_eval_batch_size=plan.micro_batch_size, learning_rate=config.learning_rate,
+                learning_rate=config.learning_rate,
                 warmup_steps=config.warmup_ratio, lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
                 weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
                 # the fused optimizer skips a step by itself after an overflow: neither scheduler nor count would hear of it
@@ -90,11 +96,29 @@ class LabelTrainer(ResumableTrainer):
                 use_cpu=model.device.type == "cpu", eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
                 metric_for_best_model="eval_loss", greater_is_better=False,
                 logging_steps=1, remove_unused_columns=False, report_to="none",
-                dataloader_pin_memory=model.device.type == "cuda"))
+                dataloader_pin_memory=model.device.type == "cuda")))
         self.watch = _Watch(self)
         self.add_callback(self.watch)
         self.model_accepts_loss_kwargs = True  # asks for num_items_in_batch, by which compute_loss divides ...
         self._loss_shifts_labels = False  # ... and which counts one label a row: nothing is shifted here
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Score the validation rows as `label_probabilities` does: loss, accuracy and macro-F1, logged as the Trainer's own are."""
+        found = label_probabilities(self.model, self._tokenizer, self._validation.text, self.config)
+        labels = self._validation.label.to_numpy()
+        metrics = {"loss": float(-np.log(found[range(len(labels)), labels]).mean())}
+        metrics |= scores(found.argmax(axis=1).tolist(), labels.tolist(), self.config.labels)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self._probabilities = found.round(6).tolist()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics, trial):
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best:
+            self.best_probabilities = self._probabilities
+        return is_best
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         # arrays: Accelerate would look into lists token by token for tensors to move
@@ -119,7 +143,7 @@ class LabelTrainer(ResumableTrainer):
             halves = [{name: part[half] for name, part in inputs.items()} for half in (slice(rows // 2), slice(rows // 2, None))]
             return sum(self.training_step(model, half, num_items_in_batch) for half in halves)
         checkpoint_layers(self.model, self.plan.checkpointed_layers(len(decoder_layers(self.model)), tokens))
-        random, trainable = torch.get_rng_state(), [p for p in model.parameters() if p.requires_grad]
+        random, trainable = torch.get_rng_state(), list(self.trainable().values())
         gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
@@ -159,27 +183,21 @@ class LabelTrainer(ResumableTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the label tokens: summed and divided by the rows of the effective batch, so that no split changes it."""
-        logits = label_logits(self.accelerator.unwrap_model(model), inputs["prompts"], self.label_ids)
+        logits = label_logits(self.model, inputs["prompts"], self.label_ids)
         loss = torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="sum")
-        loss = loss / (len(logits) if num_items_in_batch is None else num_items_in_batch)
-        return (loss, logits) if return_outputs else loss
+        return loss / (len(logits) if num_items_in_batch is None else num_items_in_batch)
 
     def floating_point_ops(self, inputs):
         return 0  # the Trainer counts them from padded input ids, which there are none of
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            loss, logits = self.compute_loss(model, inputs, return_outputs=True)
-        return loss, logits, inputs["labels"]
-
     def facts(self) -> dict:
         return {"seconds": self.watch.seconds, "skipped_steps": self.watch.skipped_steps, "plan": vars(self.plan),
-                "peak_gib": self.peak_gib()}
+                "peak_gib": self.peak_gib(), "best_probabilities": self.best_probabilities}
 
     def take_over(self, facts: dict) -> None:
         self.watch.before, self.watch.skipped_steps = facts["seconds"], facts["skipped_steps"]
         self.plan, self._peak_before = BatchPlan(**facts["plan"]), facts["peak_gib"]
+        self.best_probabilities = facts["best_probabilities"]
 
     def peak_gib(self) -> float | None:
         peak = round(torch.cuda.max_memory_reserved() / 2**30, 2) if self.model.device.type == "cuda" else None
@@ -244,7 +262,7 @@ class LabelTrainer(ResumableTrainer):
 
     def history(self, seconds: float) -> dict:
         """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed,
-        plan, label words."""
+        plan, label words, and `best_probabilities`: (validation rows, labels) at the best epoch."""
         log = self.state.log_history
         validation = [{name: e[name] for name in ("step", "epoch", "seconds")} | {name: e[f"eval_{name}"] for name in
                       ("loss", "accuracy", "macro_f1")} for e in log if "eval_loss" in e]
@@ -258,4 +276,5 @@ class LabelTrainer(ResumableTrainer):
             "peak_gib": self.peak_gib(),
             "plan": vars(self.plan),
             "label_words": self.label_words,
+            "best_probabilities": self.best_probabilities,
         }

@@ -235,7 +235,7 @@ def test_weights_that_are_not_numbers_are_never_kept(prepared, workspace):
     def poison(args, state, control, **kwargs):
         step(args, state, control, **kwargs)
         if state.global_step == 3:
-            next(iter(trainer.trainable().values())).fill_(torch.nan)
+            next(iter(trainer.trainable().values())).data.fill_(torch.nan)
     trainer.watch.on_step_end = poison
     with pytest.raises(ModelError, match="the loss is nan at step 4"):
         trainer.fit(run)

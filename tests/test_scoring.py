@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +53,23 @@ def test_label_logits_are_the_full_models_logits_of_the_next_token(exact):
     expected = torch.stack([model(input_ids=torch.tensor([tokens], device=model.device)).logits[0, -1, ids]
                             for tokens in encode_prompts(tokenizer, TEXTS, 256)])
     torch.testing.assert_close(label_logits(model, _encode(tokenizer, TEXTS), ids), expected, atol=2e-4, rtol=0)
+
+
+def test_labels_do_not_tie_in_half_precision(exact):
+    """The head's product is in float32: in bfloat16, logits near 20 are 0.125 apart, and labels tie for the first place."""
+    model, tokenizer = exact
+    ids = label_token_ids(tokenizer, LABELS)
+    head = model.get_output_embeddings()
+    hidden = torch.randn(400, head.in_features, generator=torch.Generator().manual_seed(0)) * 3
+    hidden = hidden.to(torch.bfloat16)
+    expected = (hidden.float() @ head.weight[ids].to(torch.bfloat16).float().T)
+    half = copy.deepcopy(head).to(torch.bfloat16)
+    found = scoring._at_labels(SimpleNamespace(get_output_embeddings=lambda: half), hidden, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    first, second = found.topk(2).values.T
+    assert (first > second).all()
+    rounded = (hidden @ half.weight[ids].T).topk(2).values  # what it would be
+    assert (rounded[:, 0] == rounded[:, 1]).any()
 
 
 def test_one_row_at_a_time_gives_what_a_batch_gives(base):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import random
 
 import numpy as np
 import pandas as pd
@@ -7,12 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from qlora_helpers import training
+from qlora_helpers import passes, training
 from qlora_helpers.batching import BatchPlan, decoder_layers
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model
-from qlora_helpers.scoring import label_logits, label_probabilities
+from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
 from qlora_helpers.widgets import LossPanel
 from qlora_helpers.workspace import Workspace, write_text
@@ -195,6 +196,80 @@ def test_out_of_memory_in_training_keeps_less_then_cuts_the_batch_and_changes_no
     tolerance = 1e-4 if compute_dtype()[0] == torch.float32 else 0.03
     assert _losses(cut) == pytest.approx(_losses(exact), abs=tolerance)
     assert _losses(expected) != _losses(exact)
+
+
+def test_one_process_uses_one_gpu(prepared, monkeypatch):
+    """The Trainer counts every GPU it sees, and would multiply the batch by their number."""
+
+    class TwoGpus(training.TrainingArguments):
+        def __post_init__(self):
+            super().__post_init__()
+            self._n_gpu = 2
+
+    monkeypatch.setattr(training, "TrainingArguments", TwoGpus)
+    trainer = prepared(micro_batch_size=4)
+    assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == 4
+    assert [len(batch["labels"]) for batch in trainer.get_train_dataloader()] == [4, 4, 4, 4, 3]
+    assert trainer.steps_per_epoch == 3
+    trainer.train()
+    assert trainer.state.max_steps == trainer.state.global_step == 6
+
+
+def test_a_compiler_that_fails_costs_one_line_and_changes_no_loss(trained, monkeypatch, capsys):
+    _, expected, _ = trained()
+    capsys.readouterr()
+    calls = []
+
+    def failing(function, **options):
+        def compiled(*args):
+            calls.append(function.__name__)
+            raise RuntimeError("Triton knows no such card\nand more lines")
+        return compiled
+
+    monkeypatch.setattr(passes, "_failure", None)
+    monkeypatch.setattr(passes, "_compiles", lambda x: True)
+    monkeypatch.setattr(torch, "compile", failing)
+    _, history, _ = trained()
+    assert _losses(history) == _losses(expected) and _losses(history, "validation") == _losses(expected, "validation")
+    said = [line for line in capsys.readouterr().out.splitlines() if "compiled" in line]
+    assert said == ["The fused kernels cannot be compiled here (RuntimeError: Triton knows no such card). Plain PyTorch functions are used "
+                    "instead: the results are the same, a step takes longer."]
+    assert len(calls) == 1  # nothing is tried again
+
+
+def test_an_adapter_that_was_not_kept_is_told_from_rounding(trained, base):
+    """03's last check: of another seed, with a layer left out, scaled by 0.9; and twenty other batch compositions."""
+    trainer, history, _ = trained(num_epochs=3)
+    model, tokenizer = trainer.model, base[1]
+    texts, dtype = SUBSET["validation"].text.tolist(), compute_dtype()[0]
+    kept = history["best_probabilities"]
+
+    def found() -> np.ndarray:
+        return label_probabilities(model, tokenizer, texts, CONFIG)
+
+    check_same_adapter(found(), kept, dtype)
+    chance = random.Random(0)
+    for _ in range(20):
+        order = chance.sample(range(len(texts)), len(texts))
+        size = chance.randint(1, len(texts))
+        parts = [order[i:i + size] for i in range(0, len(order), size)]
+        cut = np.concatenate([label_probabilities(model, tokenizer, [texts[i] for i in part], CONFIG) for part in parts])
+        check_same_adapter(cut, [kept[i] for i in order], dtype)
+
+    weights = {name: p.detach().clone() for name, p in trainer.trainable().items()}
+    other = _adapter(trained(num_epochs=3, seed=7)[0])
+    wrong = {
+        "another seed": other,
+        "a layer left out": {name: w * ("layers.1." not in name) for name, w in weights.items()},
+        "scaled by 0.9": {name: w * (0.9 if "lora_B" in name else 1) for name, w in weights.items()},
+    }
+    for name, changed in wrong.items():
+        trainer.put(changed)
+        with pytest.raises(ModelError, match="is not the one that training kept: mean change"):
+            check_same_adapter(found(), kept, dtype)
+            pytest.fail(f"{name} passed")
+    trainer.put(weights)
+    check_same_adapter(found(), kept, dtype)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(prepared, monkeypatch):
