@@ -25,8 +25,9 @@ FOLDER = Path(__file__).parent
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, not one of the user's with the same name
 
 
-def run_notebook(path: Path, bar: tqdm) -> nbformat.NotebookNode:
-    """The executed notebook. A failing cell ends the program, after saying which one and why; what ran before it is kept."""
+def run_notebook(path: Path, bar: tqdm, record_timing: bool = False) -> nbformat.NotebookNode:
+    """The executed notebook. A failing cell ends the program, after saying which one and why; what ran before it is kept.
+    With `record_timing`, each cell's metadata say when it began and ended."""
     notebook = nbformat.read(path, as_version=4)
     code = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
     for i in code:  # what a commit holds is of another run
@@ -44,7 +45,7 @@ def run_notebook(path: Path, bar: tqdm) -> nbformat.NotebookNode:
         bar.update()
 
     client = NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(path.parent)}}, store_widget_state=False,
-                            record_timing=False, on_cell_start=started, on_cell_executed=executed)
+                            record_timing=record_timing, on_cell_start=started, on_cell_executed=executed)
     try:
         client.execute()
     except (CellExecutionError, DeadKernelError) as error:

