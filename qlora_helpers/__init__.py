@@ -5,10 +5,10 @@ from qlora_helpers.adapter_files import export_adapter
 from qlora_helpers.batching import BatchPlan, plan_batches
 from qlora_helpers.card import model_card
 from qlora_helpers.classifier import HeadlineClassifier
-from qlora_helpers.cleaning import clean_text, normalised
+from qlora_helpers.cleaning import clean_text
 from qlora_helpers.config import LABELS, RunConfig
 from qlora_helpers.curve import learning_curve, tfidf_classifier
-from qlora_helpers.data import SPLITS, draw_subset, load_rows
+from qlora_helpers.data import SPLITS, draw_subset, load_rows, text_rules
 from qlora_helpers.doctor import examine, findings_table, require_ok
 from qlora_helpers.errors import ConfigError, DataError, ModelError, PreflightError, QLoraError, TrainingStopped, WorkspaceError
 from qlora_helpers.file_panel import FilePanel

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from qlora_helpers import LABELS, ErrorExplorer, FilePanel, HeadlinePanel, LossPanel, Workspace, review_table
+from qlora_helpers import LABELS, ErrorExplorer, FilePanel, HeadlinePanel, LossPanel, Workspace, label_probabilities, review_table
 
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
 SCRIPT = "Profit & <script>alert(1)</script> <img src=x onerror=alert(1)> \"loss\" 3 < 5"
@@ -128,10 +128,12 @@ def test_hostile_text_is_shown_and_never_run(panel, text):
     assert len((panel.answer.value + panel.history.value).encode()) < 60_000
 
 
-def test_markup_is_shown_as_text(panel):
-    panel.text.value = SCRIPT
-    panel.button.click()
-    assert "Profit &amp; alert(1) &quot;loss&quot; 3 &lt; 5" in panel.answer.value
+@pytest.mark.parametrize("text", [SCRIPT, "order #4521; refund", "John <john@x.com>", "List<String>", "?id=1&section=2", r"C:\Users"])
+def test_a_text_is_shown_and_classified_as_it_was_typed(panel, classifier, text):
+    panel.text.value = text + "\n"
+    assert f"<bdi>{html.escape(text)}</bdi>" in panel.answer.value and f"<bdi>{html.escape(text)}</bdi>" in panel.history.value
+    expected = label_probabilities(classifier.model, classifier.tokenizer, [text], classifier.config, temperature=classifier.temperature)
+    np.testing.assert_allclose(panel.probabilities, expected[0], atol=1e-5)
 
 
 def test_a_failure_is_told_in_the_panel(failing):
