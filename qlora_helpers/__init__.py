@@ -15,7 +15,17 @@ from qlora_helpers.file_panel import FilePanel
 from qlora_helpers.files import write_text
 from qlora_helpers.headline_panel import EXAMPLES, HeadlinePanel
 from qlora_helpers.merging import merge_adapter, merged_bytes
-from qlora_helpers.metrics import fit_temperature, mcnemar, reliability, scoreboard, scores, wilson_interval, with_temperature
+from qlora_helpers.metrics import (
+    ece_by_chance,
+    fit_temperature,
+    mcnemar,
+    p_text,
+    reliability,
+    scoreboard,
+    scores,
+    wilson_interval,
+    with_temperature,
+)
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model, load_tokenizer, save_adapter
 from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids, label_words
 from qlora_helpers.scoring import label_logits, label_probabilities
