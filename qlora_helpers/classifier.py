@@ -91,15 +91,18 @@ class HeadlineClassifier:
         return found
 
     def word_effects(self, text: str) -> pd.DataFrame:
-        """How much each `word` of `text` speaks for its label: `effect` is the label's probability less that of the text without the word.
-        The first 40 words, in one batched call; no row for a text of fewer than two."""
+        """How much each `word` of `text` speaks for its label. `effect` is the label's log-odds less those of
+        the text without the word, in nats: odds are the label's probability over that of all other
+        labels, and stay telling where the probability is near 1. The first 40 words, in one batched
+        call; no row for a text of fewer than two."""
         words = _clean(text, 0).split()
         if len(words) < 2:
             return pd.DataFrame({"word": [], "effect": []})
         texts = [" ".join(words)] + [" ".join(words[:i] + words[i + 1:]) for i in range(min(len(words), MOST_WORDS))]
-        found = label_probabilities(self.model, self.tokenizer, texts, self.config, temperature=self.temperature)
-        whole, label = found[0], found[0].argmax()
-        return pd.DataFrame({"word": words[:MOST_WORDS], "effect": whole[label] - found[1:, label]})
+        found = np.maximum(label_probabilities(self.model, self.tokenizer, texts, self.config, temperature=self.temperature), 1e-300)
+        label = found[0].argmax()
+        log_odds = np.log(found[:, label]) - np.log(np.delete(found, label, axis=1).sum(axis=1))
+        return pd.DataFrame({"word": words[:MOST_WORDS], "effect": log_odds[0] - log_odds[1:]})
 
 
 def _clean(text, i: int) -> str:

@@ -88,13 +88,15 @@ class HeadlinePanel(ipw.VBox):
         effects = self.classifier.word_effects(text)
         if effects.empty:
             return "<p>One word alone: there is nothing to leave out.</p>"
-        most = max(effects.effect.abs().max(), 0.01)
+        most = max(effects.effect.abs().max(), 0.1)
         colours = {True: "0,114,178", False: "213,94,0"}
         words = " ".join(f'<span style="background:rgba({colours[e >= 0]},{0.6 * abs(e) / most:.2f});padding:0 2px"><bdi>'
-                         f"{escape(_shorten(word))}</bdi> <small>{100 * e:+.0f}</small></span>"
+                         f"{escape(_shorten(word))}</bdi> <small>{e:+.1f}</small></span>"
                          for word, e in zip(effects.word, effects.effect, strict=True))
-        return (f"<p>Which words spoke for {escape(best)} (+) or against it (−), in points of its probability without the word"
-                + f", of the first {MOST_WORDS} words" * (len(tidy_text(text).split()) > MOST_WORDS) + f":</p><p>{words}</p>")
+        first = f" The first {MOST_WORDS} words." if len(tidy_text(text).split()) > MOST_WORDS else ""
+        return (f"<p>Which words spoke for {escape(best)} (+) or against it (−): by how much the natural logarithm of "
+                f"its odds against all other labels falls without the word. +1 means odds 2.7 times as high "
+                f"with the word, +2 7.4 times.{first}</p><p>{words}</p>")
 
 
 def _bars(labels: Sequence[str], probabilities: np.ndarray) -> str:

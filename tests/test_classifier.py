@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import zipfile
@@ -119,16 +120,28 @@ def test_the_base_model_without_adapter_and_temperature(classifier):
     assert abs(found - classifier.probabilities(TEXTS)).max() > 0.05
 
 
-def test_word_effects_are_the_probability_lost_without_each_word(classifier):
+def log_odds(probabilities: np.ndarray, label: int) -> float:
+    return float(np.log(probabilities[label]) - np.log(np.delete(probabilities, label).sum()))
+
+
+def test_word_effects_are_the_log_odds_lost_without_each_word(classifier):
     table, text = classifier.word_effects(TEXTS[0]), TEXTS[0].split()
     assert table.word.tolist() == text
     [whole] = classifier.probabilities(TEXTS[:1])
+    label = whole.argmax()
     for i, effect in enumerate(table.effect):
         [without] = classifier.probabilities([" ".join(text[:i] + text[i + 1:])])
-        assert effect == pytest.approx(whole[whole.argmax()] - without[whole.argmax()], abs=1e-5)
-    assert table.effect.abs().max() > 0.01
+        assert effect == pytest.approx(log_odds(whole, label) - log_odds(without, label), abs=1e-4)
+    assert table.effect.abs().max() > 0.1
     assert classifier.word_effects("word").empty and classifier.word_effects("").empty
     assert len(classifier.word_effects("word " * 9999)) == 40
+
+
+def test_word_effects_are_seen_where_the_probability_is_one(classifier):
+    sure = copy.copy(classifier)
+    sure.temperature = classifier.temperature / 100  # each effect is a hundred times as large
+    assert sure.probabilities(TEXTS[:1]).max() > 0.999999
+    assert sure.word_effects(TEXTS[0]).effect.abs().min() > 0.1
 
 
 # Where it comes from

@@ -92,10 +92,11 @@ def test_the_base_model_beside_it_and_the_words_on_request(panel, classifier):
     np.testing.assert_allclose(panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6)
     panel.base_model.value, panel.words.value = False, True
     effects = classifier.word_effects(EXAMPLES[0])
-    assert re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+)</small>", panel.answer.value) == [
-        (word, f"{100 * effect:+.0f}") for word, effect in zip(effects.word, effects.effect, strict=True)]
+    assert re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+\.\d)</small>", panel.answer.value) == [
+        (word, f"{effect:+.1f}") for word, effect in zip(effects.word, effects.effect, strict=True)]
+    assert "natural logarithm of its odds" in panel.answer.value  # the unit
     panel.text.value = "word " * 60 + "\n"
-    assert panel.answer.value.count("<small>") == 40 and "of the first 40 words" in panel.answer.value
+    assert panel.answer.value.count("<small>") == 40 and "The first 40 words." in panel.answer.value
     panel.text.value = "alone\n"
     assert panel.probabilities is not None and "nothing to leave out" in panel.answer.value
 
