@@ -30,6 +30,6 @@ from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, loa
 from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids, label_words
 from qlora_helpers.scoring import label_logits, label_probabilities
 from qlora_helpers.text_table import classify_file
-from qlora_helpers.training import LabelTrainer
+from qlora_helpers.training import LabelTrainer, what_validation_says
 from qlora_helpers.widgets import ErrorExplorer, LossPanel, review_table
 from qlora_helpers.workspace import Workspace, open_workspace

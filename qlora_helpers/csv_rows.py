@@ -86,7 +86,8 @@ def read_labelled_csv(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}: {', '.join(map(repr, rare))} {'have' if len(rare) > 1 else 'has'} a single row (copies are not counted), "
                         "and a label needs one to train on and one to test on. Add rows of it, or remove it.")
     table.label = table.label.map({name: i for i, name in enumerate(counts.index)})
-    table.attrs.update(labels=tuple(counts.index), left_out=left_out, contradictions=contradictions)
+    table.attrs.update(labels=tuple(counts.index), left_out=left_out,
+                       contradictions=contradictions)
     return table
 
 

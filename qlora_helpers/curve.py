@@ -1,4 +1,4 @@
-"""The learning curve: what more training rows would bring."""
+"""The learning curve: what more training rows, and the steps that come with them, would bring."""
 
 import dataclasses
 
@@ -26,8 +26,10 @@ def tfidf_classifier() -> Pipeline:
 
 
 def learning_curve(config: RunConfig, rows: dict[str, pd.DataFrame], sizes: list[int]) -> pd.DataFrame:
-    """Accuracy on the same test rows of the tuned model and of `tfidf_classifier`, both trained on `sizes` rows of which each holds the
-    smaller ones; the index is `rows`. Every size is a training of its own from the base model. Raises DataError if a size asks too much."""
+    """Accuracy on the same test rows of the tuned model and of `tfidf_classifier`, by training rows.
+    Both are trained on `sizes` rows, of which each holds the smaller ones; the index is `rows`. Every size
+    is a training of its own from the base model, with the same epochs: more rows are also more optimizer
+    steps, and the curve cannot tell the two apart. Raises DataError if a size asks too much."""
     subsets = {size: draw_subset(rows, dataclasses.replace(config, train_size=size)) for size in sizes}
     tokenizer, found = load_tokenizer(config), {}
     for size, subset in subsets.items():

@@ -21,20 +21,25 @@ def few_shot_prefix(texts: Sequence[str], words: Sequence[str]) -> str:
     return "".join(f"{build_prompt(' '.join(text.split()[:_EXAMPLE_WORDS]))}{word}\n\n" for text, word in zip(texts, words, strict=True))
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, prefix: str = "") -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int,
+                   prefix: str = "") -> list[list[int]]:
     """Token ids of `prefix` and each text's prompt, as one text.
     A prompt longer than `max_length` tokens loses the last words of its text, or the last characters if
     its first word alone is too long: its cue has the tokens of any other. `prefix` is not counted."""
-    most = max_length + (len(tokenizer(prefix, add_special_tokens=False).input_ids) if prefix else 0)
+    most = max_length
+    if prefix:
+        most += len(tokenizer(prefix, add_special_tokens=False).input_ids)
     prompts = [prefix + build_prompt(text) for text in texts]
     encoded = tokenizer(prompts).input_ids if prompts else []
-    return [ids if len(ids) <= most else _cut(tokenizer, text, most, prefix) for ids, text in zip(encoded, texts, strict=True)]
+    return [ids if len(ids) <= most else _cut(tokenizer, text, most, prefix)
+            for ids, text in zip(encoded, texts, strict=True)]
 
 
 def _cut(tokenizer, text: str, most: int, prefix: str) -> list[int]:
     """The ids of the prompt of as many of the text's first words, or else characters, as `most` tokens hold."""
     empty = tokenizer(prefix + build_prompt("")).input_ids
-    for parts, joint in ((text.split(" ")[:most], " "), (text.split(" ")[0], "")):  # a word is a token at least
+    words = text.split(" ")[:most]  # a word is a token at least
+    for parts, joint in ((words, " "), (words[0], "")):
         fitting, low, high = empty, 0, len(parts)
         while low < high:
             middle = (low + high + 1) // 2
