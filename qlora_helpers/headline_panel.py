@@ -93,10 +93,12 @@ class HeadlinePanel(ipw.VBox):
         words = " ".join(f'<span style="background:rgba({colours[e >= 0]},{0.6 * abs(e) / most:.2f});padding:0 2px"><bdi>'
                          f"{escape(_shorten(word))}</bdi> <small>{e:+.1f}</small></span>"
                          for word, e in zip(effects.word, effects.effect, strict=True))
-        first = f" The first {MOST_WORDS} words." if len(tidy_text(text).split()) > MOST_WORDS else ""
-        return (f"<p>Which words spoke for {escape(best)} (+) or against it (−): by how much the natural logarithm of "
-                f"its odds against all other labels falls without the word. +1 means odds 2.7 times as high "
-                f"with the word, +2 7.4 times.{first}</p><p>{words}</p>")
+        many = len(tidy_text(text).split()) > MOST_WORDS
+        first = f" The first {MOST_WORDS} words." if many else ""
+        return (f"<p>Which words spoke for {escape(best)} (+) or against it (−): by how much the "
+                "natural logarithm of its odds against all other labels falls without the word. +1 "
+                "means odds 2.7 times as high with the word, +2 means 7.4 times."
+                f"{first}</p><p>{words}</p>")
 
 
 def _bars(labels: Sequence[str], probabilities: np.ndarray) -> str:

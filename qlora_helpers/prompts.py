@@ -24,8 +24,9 @@ def few_shot_prefix(texts: Sequence[str], words: Sequence[str]) -> str:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int,
                    prefix: str = "") -> list[list[int]]:
     """Token ids of `prefix` and each text's prompt, as one text.
-    A prompt longer than `max_length` tokens loses the last words of its text, or the last characters if
-    its first word alone is too long: its cue has the tokens of any other. `prefix` is not counted."""
+    A prompt longer than `max_length` tokens loses the last words of its text, or the last
+    characters if its first word alone is too long: its cue has the tokens of any other. `prefix` is
+    not counted."""
     most = max_length
     if prefix:
         most += len(tokenizer(prefix, add_special_tokens=False).input_ids)
@@ -36,7 +37,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len
 
 
 def _cut(tokenizer, text: str, most: int, prefix: str) -> list[int]:
-    """The ids of the prompt of as many of the text's first words, or else characters, as `most` tokens hold."""
+    """The ids of a prompt with as many of the text's first words, or else characters, as fit."""
     empty = tokenizer(prefix + build_prompt("")).input_ids
     words = text.split(" ")[:most]  # a word is a token at least
     for parts, joint in ((words, " "), (words[0], "")):

@@ -31,10 +31,10 @@ def classify_file(classifier: HeadlineClassifier, data: bytes, name: str = "",
 
 def read_texts(data: bytes, name: str = "") -> tuple[pd.DataFrame, list[str]]:
     """The columns of a file as they stand, all text, and the text of each row: of a CSV if `name` ends in .csv, else its lines.
-    A CSV's texts are in the columns that its first row names, or in AG News' layout without one, or in
-    its only column; commas, semicolons or tabs separate them. Rows of AG News' layout lose what the
-    crawl left, as in 02; other texts stay as they are. Empty lines are rows. Raises DataError that names
-    the row and the remedy."""
+    A CSV's texts are in the columns that its first row names, or in AG News' layout without one, or
+    in its only column; commas, semicolons or tabs separate them. Rows of AG News' layout lose what
+    the crawl left, as in 02; other texts stay as they are. Empty lines are rows. Raises DataError
+    that names the row and the remedy."""
     if Path(name).suffix.lower() != ".csv":
         texts = split_lines(data, name or "the text")
         return pd.DataFrame({"text": texts}, dtype=object), texts

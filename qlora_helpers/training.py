@@ -31,18 +31,20 @@ NOTEBOOK = "03_qlora_training"
 
 
 def what_validation_says(history: dict) -> str:
-    """What the validation losses of `LabelTrainer.history` did, in a sentence; no guess of more epochs."""
+    """What the validation losses of `LabelTrainer.history` did, in a sentence.
+    It guesses nothing of more epochs."""
     first, *epochs = history["validation"]
     kept, last = min(epochs, key=lambda e: e["loss"]), epochs[-1]
     if kept["loss"] >= first["loss"]:
-        return (f"Validation loss was {first['loss']:.3f} before training, and is not lower after any "
-                f"epoch ({kept['loss']:.3f} at best): training has not helped.")
+        return (f"Validation loss was {first['loss']:.3f} before training, and is not lower after "
+                f"any epoch ({kept['loss']:.3f} at best): training has not helped.")
     if kept is not last:
-        return (f"Validation loss was lowest after epoch {kept['epoch']:g} ({kept['loss']:.3f}) and is "
-                f"{last['loss']:.3f} after the last: later epochs did not help on these rows.")
+        return (f"Validation loss was lowest after epoch {kept['epoch']:g} ({kept['loss']:.3f}) "
+                f"and is {last['loss']:.3f} after the last: later epochs did not help on these "
+                "rows.")
     before = epochs[-2] if len(epochs) > 1 else first
-    return (f"Validation loss fell from {before['loss']:.3f} to {last['loss']:.3f} in the last epoch. "
-            "Only a training with more epochs can tell whether it would fall further.")
+    return (f"Validation loss fell from {before['loss']:.3f} to {last['loss']:.3f} in the last "
+            "epoch. Only a training with more epochs can tell whether it would fall further.")
 
 
 class _Watch(TrainerCallback):
@@ -73,19 +75,22 @@ class _Watch(TrainerCallback):
         if self.panel and state.global_step:
             rate = state.global_step * self.trainer.config.effective_batch_size / seconds
             peak = self.trainer.peak_gib()
-            self.panel.live(lambda: self.trainer.history(seconds), f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
-                            + self._left(state) + ("" if peak is None else f", peak {peak:.1f} GiB of GPU memory"))
+            memory = "" if peak is None else f", peak {peak:.1f} GiB of GPU memory"
+            self.panel.live(lambda: self.trainer.history(seconds),
+                            f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
+                            + self._left(state) + memory)
 
     def _left(self, state) -> str:
-        """The time of the steps and validations to come, by the recent steps and the last validation.
-        The first step and the first validation compile: a row validates no slower than it trains."""
+        """The time of the steps and validations to come, by recent steps and the last validation.
+        The first of each compile; a row validates no slower than it trains."""
         if len(self.steps) < 2:
             return ""
         step = float(np.median(self.steps[1:][-50:]))
-        rows = len(self.trainer.eval_dataset) / self.trainer.config.effective_batch_size  # of a step
-        validations = [entry["eval_runtime"] for entry in state.log_history if "eval_runtime" in entry]
+        batches = len(self.trainer.eval_dataset) / self.trainer.config.effective_batch_size
+        validations = [e["eval_runtime"] for e in state.log_history if "eval_runtime" in e]
         to_come = max(0, state.num_train_epochs + 1 - len(validations))  # one comes before training
-        seconds = step * (state.max_steps - state.global_step) + to_come * min([step * rows, *validations[-1:]])
+        seconds = step * (state.max_steps - state.global_step)
+        seconds += to_come * min([step * batches, *validations[-1:]])
         return f", {seconds / 60:.1f} minutes left"
 
 

@@ -60,15 +60,31 @@ def test_the_notebooks_predictions_again(notebook_workspace):
     np.testing.assert_allclose(values(classifier(test.text[0])), expected[:1], atol=1e-4)
 
 
-OWN = ["order #4521; refund", "John <john@x.com>", "List<String>", "?id=1&section=2", r"C:\Users", "AT&amp;T", ":)", "C++",
-       "<b>bold</b>", "<p></p>"]
+OWN = [
+    "order #4521; refund",
+    "John <john@x.com>",
+    "List<String>",
+    "?id=1&section=2",
+    r"C:\Users",
+    "AT&amp;T",
+    ":)",
+    "C++",
+    "<b>bold</b>",
+    "<p></p>",
+]
 
 
 def test_texts_of_the_readers_own_reach_the_model_as_they_are(classifier):
-    expected = label_probabilities(classifier.model, classifier.tokenizer, OWN, classifier.config, temperature=1.5)
+    expected = label_probabilities(
+        classifier.model, classifier.tokenizer, OWN, classifier.config, temperature=1.5
+    )
     np.testing.assert_allclose(classifier.probabilities(OWN), expected, atol=1e-5)
-    np.testing.assert_allclose(classifier.probabilities([f" {text}\x00\n" for text in OWN]), expected, atol=1e-5)
-    assert abs(expected[0] - classifier.probabilities([clean_text(OWN[0])])).max() > 1e-3  # else nothing could be seen
+    np.testing.assert_allclose(
+        classifier.probabilities([f" {text}\x00\n" for text in OWN]), expected, atol=1e-5
+    )
+    assert (
+        abs(expected[0] - classifier.probabilities([clean_text(OWN[0])])).max() > 1e-3
+    )  # else nothing could be seen
 
 
 def test_one_text_and_a_series_and_none(classifier):

@@ -52,11 +52,14 @@ def test_clean_text(raw, clean):
 
 def test_control_characters_and_runs_of_spaces_alone_are_tidied():
     assert tidy_text("  a\x00b\tc \r\n d\u2003e\x1b[31m ") == "a b c d e [31m"
-    text = "order #4521; <john@x.com> List<String> ?id=1&section=2 C:\\Users &amp; क्‍ष"  # with a zero-width joiner
+    # the last has a zero-width joiner
+    text = "order #4521; <john@x.com> List<String> ?id=1&section=2 C:\\Users &amp; क्‍ष"
     assert tidy_text(text) == text
 
 
-@pytest.mark.parametrize("raw", ["&#" + "1" * 4301 + ";", "&amp;#" + "7" * 4301 + ";", "&#" + "0" * 5000])
+@pytest.mark.parametrize(
+    "raw", ["&#" + "1" * 4301 + ";", "&amp;#" + "7" * 4301 + ";", "&#" + "0" * 5000]
+)
 def test_an_entity_of_thousands_of_digits_is_one_unknown_character(raw):
     assert clean_text(f"Oil {raw} climbs") == "Oil \ufffd climbs"
     assert normalised(f"Oil {raw} climbs") == "oil climbs"
@@ -198,16 +201,28 @@ def test_training_splits_are_nested_with_the_default_validation_sizes(tmp_path):
 def test_training_splits_of_a_labelled_csv_are_nested_too(tmp_path):
     path = tmp_path / "rows.csv"
     with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("text", "label")] + [(f"{label} {i}", label) for label, n in
-                                                         (("rare", 37), ("less", 4211), ("common", 9001)) for i in range(n)])
+        csv.writer(file).writerows(
+            [("text", "label")]
+            + [
+                (f"{label} {i}", label)
+                for label, n in (("rare", 37), ("less", 4211), ("common", 9001))
+                for i in range(n)
+            ]
+        )
     runs, whole = {}, 37 + 4211 + 9001
     for size in SIZES:
         config = RunConfig.from_environment(data=str(path), train_size=size)
         runs[size] = draw_subset(load_rows(config), config)
-        for split in SPLITS:  # each label's share, but for the rounding and the one row that each label has at least
+        for split in (
+            SPLITS
+        ):  # each label's share, but for the rounding and the one row that each label has at least
             for label, n in enumerate((9001, 4211, 37)):
                 rows = len(runs[size][split])
-                assert abs((runs[size][split].label == label).sum() - rows * n / whole) < 2, (size, split, label)
+                assert abs((runs[size][split].label == label).sum() - rows * n / whole) < 2, (
+                    size,
+                    split,
+                    label,
+                )
     _nested_and_apart(runs)
 
 
@@ -334,9 +349,17 @@ def test_real_rows_are_read_and_nothing_of_the_crawl_is_left(config):
     assert [text for table in rows.values() for text in table.raw.map(clean_text) if leftover.search(text)] == []
 
 
-@pytest.mark.skipif(not (AG_NEWS_FOLDER / "train.csv").is_file(), reason="no AG News rows in $AG_NEWS_FOLDER or ../shared/ag_news")
+@pytest.mark.skipif(
+    not (AG_NEWS_FOLDER / "train.csv").is_file(),
+    reason="no AG News rows in $AG_NEWS_FOLDER or ../shared/ag_news",
+)
 def test_real_rows_are_cleaned_as_they_always_were(config):
     """The digest was computed before texts of the reader's own got rules of their own."""
     rows = load_rows(dataclasses.replace(config, data=str(AG_NEWS_FOLDER)))
-    cleaned = "".join(clean_text(raw) + "\n" for split in ("train", "test") for raw in rows[split].raw)
-    assert hashlib.sha256(cleaned.encode()).hexdigest() == "70a554bc8f07bbae51c56975e76f2cbf93948de0bf19945c7377b33927290ce0"
+    cleaned = "".join(
+        clean_text(raw) + "\n" for split in ("train", "test") for raw in rows[split].raw
+    )
+    assert (
+        hashlib.sha256(cleaned.encode()).hexdigest()
+        == "70a554bc8f07bbae51c56975e76f2cbf93948de0bf19945c7377b33927290ce0"
+    )

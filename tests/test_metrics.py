@@ -71,8 +71,10 @@ def test_the_scoreboard_has_a_row_for_each_system():
 
 
 def _confusion(accuracy: float, shares: list[float]) -> np.ndarray:
-    """The probability of each (true, predicted) pair: labels as frequent as `shares`, errors spread evenly."""
-    errors = (1 - np.eye(len(shares))) * (1 - accuracy) * np.array(shares)[:, None] / (len(shares) - 1)
+    """The probability of each (true, predicted) pair: labels of `shares`, errors spread evenly."""
+    errors = (
+        (1 - np.eye(len(shares))) * (1 - accuracy) * np.array(shares)[:, None] / (len(shares) - 1)
+    )
     return errors + np.diag(np.array(shares) * accuracy)
 
 
@@ -84,7 +86,8 @@ def _macro_f1(confusion: np.ndarray) -> float:
 @pytest.mark.parametrize("rows", [80, 400, 7600])
 @pytest.mark.parametrize("accuracy", [0.5, 0.7, 0.9, 0.975, 0.99])
 def test_the_interval_of_macro_f1_covers_it(accuracy, rows, shares):
-    """400 draws of test rows from a known system; the share of intervals that hold its macro-F1 varies by 0.011."""
+    """400 draws of test rows from a known system: the share of intervals that hold its macro-F1
+    has a standard error of 0.011."""
     truth, rng, covered, width = _confusion(accuracy, shares), np.random.default_rng(0), 0, 0.0
     for _ in range(400):
         pairs = rng.choice(truth.size, rows, p=truth.ravel())
@@ -92,7 +95,9 @@ def test_the_interval_of_macro_f1_covers_it(accuracy, rows, shares):
         covered += low <= _macro_f1(truth) <= high
         width += (high - low) / 400
     assert 0.915 <= covered / 400 <= 0.985
-    assert width < 5 * np.sqrt(accuracy * (1 - accuracy) / rows) + 2 / rows  # 4 to 5 standard errors of an accuracy
+    assert (
+        width < 5 * np.sqrt(accuracy * (1 - accuracy) / rows) + 2 / rows
+    )  # 4 to 5 standard errors of an accuracy
 
 
 def test_the_interval_of_macro_f1_without_an_error_is_like_wilsons():
@@ -107,7 +112,10 @@ def test_the_interval_of_macro_f1_of_a_label_that_is_not_there():
     assert 0.74 < low < high <= 0.75
 
 
-@pytest.mark.parametrize(("p", "text"), [(1.0, "1"), (0.0127, "0.013"), (4.1e-9, "4.1e-09"), (0.0, "<1e-16"), (1e-300, "<1e-16")])
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(1.0, "1"), (0.0127, "0.013"), (4.1e-9, "4.1e-09"), (0.0, "<1e-16"), (1e-300, "<1e-16")],
+)
 def test_p_values_in_print(p, text):
     assert p_text(p) == text
 
@@ -149,7 +157,9 @@ def test_probabilities_that_are_true_have_no_calibration_error():
     assert reliability(probabilities, references)[1] < 0.006
 
 
-def _calibrated(rows: int, rng: np.random.Generator, spread: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+def _calibrated(
+    rows: int, rng: np.random.Generator, spread: float = 2.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits, and labels drawn from them."""
     logits = rng.normal(size=(rows, 4)) * spread
     return logits, (softmax(logits, axis=1).cumsum(axis=1) > rng.random((rows, 1))).argmax(axis=1)
@@ -171,7 +181,7 @@ def test_the_calibration_error_by_chance_is_that_of_calibrated_models(rows):
 
 @pytest.mark.parametrize("rows", [40, 400])
 def test_a_temperature_is_used_where_it_is_significant_and_there_alone(rows):
-    """Models that are calibrated keep theirs 19 of 20 times; on 400 rows one that is twice too sure never does."""
+    """Calibrated models get 1 in 19 of 20 draws; on 400 rows one that is twice too sure never."""
     rng, used, softened = np.random.default_rng(5), 0, 0
     for _ in range(300):
         logits, references = _calibrated(rows, rng)
@@ -182,12 +192,16 @@ def test_a_temperature_is_used_where_it_is_significant_and_there_alone(rows):
 
 
 def test_forty_rows_with_one_error_keep_their_confidence():
-    """The case of the small default run: a temperature of 0.7 fits these rows, and would make others worse."""
+    """As in the small default run: 0.7 fits these rows, and would make others worse."""
     probabilities = np.array([[0.94, 0.03, 0.02, 0.01]] * 39 + [[0.6, 0.3, 0.05, 0.05]])
     temperature, reason = fit_temperature(probabilities, [0] * 39 + [1])
     assert temperature == 1.0
-    assert re.fullmatch(r"The temperature is 1, which changes nothing: twice the gain in log-likelihood of 0\.\d\d over 1 is \d\.\d on 40 "
-                        r"validation rows, not above 3\.84\.", reason)
+    assert re.fullmatch(
+        r"The temperature is 1, which changes nothing: twice the gain in log-likelihood of "
+        r"0\.\d\d over 1 is \d\.\d on 40 "
+        r"validation rows, not above 3\.84\.",
+        reason,
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
@@ -198,7 +212,11 @@ def test_the_temperature_that_made_the_probabilities_is_found_and_undone(tempera
     confident = softmax(logits * temperature, axis=1)
     found, reason = fit_temperature(confident, references)
     assert found == (1 if temperature == 1 else pytest.approx(temperature, rel=0.03))
-    assert reason.startswith(f"The temperature is {found:.2f}: " if temperature != 1 else "The temperature is 1, which changes nothing")
+    assert reason.startswith(
+        f"The temperature is {found:.2f}: "
+        if temperature != 1
+        else "The temperature is 1, which changes nothing"
+    )
     np.testing.assert_allclose(with_temperature(confident, temperature), softmax(logits, axis=1), atol=1e-12)
     assert reliability(with_temperature(confident, found), references)[1] < 0.01
     grid = np.linspace(0.5, 1.5, 41) * found

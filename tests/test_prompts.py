@@ -53,8 +53,15 @@ CUE = [198, 29718, 42]  # \n|Topic|:
 
 
 @pytest.mark.parametrize("prefix", ["", "Rain stops play\nTopic: Sports\n\n"])
-@pytest.mark.parametrize("text", ["Shares fall in Leeds. " * 1000, "antidisestablishmentarianism of Llanfairpwllgwyngyll " * 99,
-                                  "\u592e\u884c \u5229\u7387 " * 500, "short " + "a" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Shares fall in Leeds. " * 1000,
+        "antidisestablishmentarianism of Llanfairpwllgwyngyll " * 99,
+        "\u592e\u884c \u5229\u7387 " * 500,
+        "short " + "a" * 5000,
+    ],
+)
 def test_a_text_that_is_too_long_loses_its_last_words(tokenizer, text, prefix):
     [ids] = encode_prompts(tokenizer, [text], 64, prefix)
     most = 64 + len(tokenizer(prefix).input_ids if prefix else [])
@@ -63,7 +70,11 @@ def test_a_text_that_is_too_long_loses_its_last_words(tokenizer, text, prefix):
     count = len(kept.split(" "))
     assert kept == " ".join(words[:count])  # whole words
     assert ids == tokenizer(prefix + build_prompt(kept)).input_ids and ids[-3:] == CUE
-    assert len(ids) <= most < len(tokenizer(prefix + build_prompt(" ".join(words[:count + 1]))).input_ids)
+    assert (
+        len(ids)
+        <= most
+        < len(tokenizer(prefix + build_prompt(" ".join(words[: count + 1]))).input_ids)
+    )
 
 
 def test_a_single_word_that_is_too_long_loses_its_last_characters(tokenizer):

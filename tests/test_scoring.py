@@ -92,7 +92,9 @@ def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(exact,
     ids = label_token_ids(tokenizer, LABELS)
     for row, text in zip(found, TEXTS, strict=True):
         whole = tokenizer(prefix + build_prompt(text)).input_ids
-        assert whole != tokenizer(prefix).input_ids + tokenizer(build_prompt(text)).input_ids  # the last line end joins another
+        assert (
+            whole != tokenizer(prefix).input_ids + tokenizer(build_prompt(text)).input_ids
+        )  # the last line end joins another
         with torch.no_grad():
             logits = model(torch.tensor([whole])).logits[0, -1, ids].double()
         np.testing.assert_allclose(row, logits.softmax(-1).numpy(), atol=1e-5)
@@ -106,13 +108,23 @@ def test_what_rows_share_is_read_once_and_no_row_is_empty(exact, monkeypatch):
     model, tokenizer = exact
     prefix, read = few_shot_prefix(["Keeper saves twice"], [" Sports"]), []
     real = scoring._read_prefix
-    monkeypatch.setattr(scoring, "_read_prefix", lambda model, ids: read.append(len(ids)) or real(model, ids))
+    monkeypatch.setattr(
+        scoring, "_read_prefix", lambda model, ids: read.append(len(ids)) or real(model, ids)
+    )
     [alone] = label_probabilities(model, tokenizer, ["Rain stops play"], CONFIG, prefix=prefix)
     twice = label_probabilities(model, tokenizer, ["Rain stops play"] * 2, CONFIG, prefix=prefix)
-    other = label_probabilities(model, tokenizer, ["Rain stops play", "Rain stops the vote"], CONFIG, prefix=prefix)
+    other = label_probabilities(
+        model, tokenizer, ["Rain stops play", "Rain stops the vote"], CONFIG, prefix=prefix
+    )
     np.testing.assert_allclose(twice, [alone, alone], atol=1e-5)
     np.testing.assert_allclose(other[0], alone, atol=1e-5)
-    assert read[0] == read[1] == len(tokenizer(prefix + build_prompt("Rain stops play")).input_ids) - 1 > read[2] > 5
+    assert (
+        read[0]
+        == read[1]
+        == len(tokenizer(prefix + build_prompt("Rain stops play")).input_ids) - 1
+        > read[2]
+        > 5
+    )
     assert label_probabilities(model, tokenizer, [], CONFIG, prefix=prefix).shape == (0, 4)
 
 

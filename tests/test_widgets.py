@@ -15,7 +15,16 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from qlora_helpers import LABELS, ErrorExplorer, FilePanel, HeadlinePanel, LossPanel, Workspace, label_probabilities, review_table
+from qlora_helpers import (
+    LABELS,
+    ErrorExplorer,
+    FilePanel,
+    HeadlinePanel,
+    LossPanel,
+    Workspace,
+    label_probabilities,
+    review_table,
+)
 
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
 SCRIPT = "Profit & <script>alert(1)</script> <img src=x onerror=alert(1)> \"loss\" 3 < 5"
@@ -129,11 +138,30 @@ def test_hostile_text_is_shown_and_never_run(panel, text):
     assert len((panel.answer.value + panel.history.value).encode()) < 60_000
 
 
-@pytest.mark.parametrize("text", [SCRIPT, "order #4521; refund", "John <john@x.com>", "List<String>", "?id=1&section=2", r"C:\Users"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        SCRIPT,
+        "order #4521; refund",
+        "John <john@x.com>",
+        "List<String>",
+        "?id=1&section=2",
+        r"C:\Users",
+    ],
+)
 def test_a_text_is_shown_and_classified_as_it_was_typed(panel, classifier, text):
     panel.text.value = text + "\n"
-    assert f"<bdi>{html.escape(text)}</bdi>" in panel.answer.value and f"<bdi>{html.escape(text)}</bdi>" in panel.history.value
-    expected = label_probabilities(classifier.model, classifier.tokenizer, [text], classifier.config, temperature=classifier.temperature)
+    assert (
+        f"<bdi>{html.escape(text)}</bdi>" in panel.answer.value
+        and f"<bdi>{html.escape(text)}</bdi>" in panel.history.value
+    )
+    expected = label_probabilities(
+        classifier.model,
+        classifier.tokenizer,
+        [text],
+        classifier.config,
+        temperature=classifier.temperature,
+    )
     np.testing.assert_allclose(panel.probabilities, expected[0], atol=1e-5)
 
 
