@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
-from qlora_helpers import QLoraError, RunConfig, Workspace, write_text
+from qlora_helpers import QLoraError, RunConfig, Workspace, p_text, write_text
 
 FOLDER = Path(__file__).parent
 os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # the kernel of this environment, not one of the user's with the same name
@@ -96,7 +96,7 @@ def main() -> None:
     workspace = Workspace.locate()
     metrics = json.loads((workspace / "metrics.json").read_text(encoding="utf-8"))
     table = pd.DataFrame.from_dict(metrics["scoreboard"], orient="index")
-    formats = {"p_value": "{:.1e}".format, "rows_per_second": "{:,.1f}".format}
+    formats = {"p_value": p_text, "rows_per_second": "{:,.1f}".format}
     print(f"\n{table.to_string(float_format='%.4f', formatters=formats, na_rep='')}")
     print(f"\nThe executed notebooks are in {workspace}/notebooks.")
     print(f"accuracy={table.accuracy['tuned model']:.4f} macro_f1={table.macro_f1['tuned model']:.4f}")

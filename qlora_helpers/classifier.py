@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qlora_helpers.adapter_files import find_adapter, read_settings, read_temperature
-from qlora_helpers.cleaning import clean_text
+from qlora_helpers.cleaning import tidy_text
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import DataError, ModelError, QLoraError
 from qlora_helpers.modeling import load_adapter, load_base_model, load_tokenizer
@@ -25,8 +25,10 @@ _ROWS_AT_ONCE = 8192  # tokenised together: a hundred thousand rows would take g
 
 
 class HeadlineClassifier:
-    """Texts in, labels and probabilities out. Make one with `from_workspace` or `from_adapter`. Texts are cleaned as in training and
-    cut at `config.max_length` tokens; logits are divided by `temperature`, which 04 fitted (1 without it)."""
+    """Texts in, labels and probabilities out. Make one with `from_workspace` or `from_adapter`.
+    Texts lose control characters and runs of spaces, nothing else: what AG News' crawl left is for
+    `clean_text` before, as in 02. They are cut at `config.max_length` tokens. Logits are divided by
+    `temperature`, which 04 fitted (1 without it)."""
 
     def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, temperature: float = 1.0):
         self.model, self.tokenizer, self.config, self.temperature = model, tokenizer, config, temperature
@@ -59,8 +61,9 @@ class HeadlineClassifier:
 
     def __call__(self, texts: str | Sequence[str], progress: Callable[[int], object] | None = None) -> pd.DataFrame:
         """A row for each text, in order: `label`, `confidence` (its probability), and `P(label)` for each label. All are missing for a
-        text that is empty once cleaned (None and NaN count as empty); a Series' index is kept. A bar shows if it takes long, unless
-        `progress` is given, which is called with the number of rows of each batch. Raises DataError for what is not text."""
+        text that is empty or only space and control characters, and for None and NaN; a Series'
+        index is kept. A bar shows if it takes long, unless `progress` is given, which is called
+        with the number of rows of each batch. Raises DataError for what is not text."""
         texts = [texts] if isinstance(texts, str) else texts
         with tqdm(total=len(texts), unit="row", desc="classified", delay=3, mininterval=1, disable=progress is not None) as bar:
             return self.table(self.probabilities(texts, progress or bar.update), texts.index if isinstance(texts, pd.Series) else None)
@@ -74,8 +77,9 @@ class HeadlineClassifier:
                             | {f"P({name})": probabilities[:, i] for i, name in enumerate(self.labels)}, index=index)
 
     def probabilities(self, texts: Sequence[str], progress: Callable[[int], object] | None = None, base_model: bool = False) -> np.ndarray:
-        """(texts, labels) float64 probabilities, in order; NaN for a text that is empty once cleaned. `base_model` asks the model without
-        the adapter, and then without the temperature, which was fitted to the adapter. Raises DataError for what is not text."""
+        """(texts, labels) float64 probabilities, in order; NaN for an empty text, as in a call.
+        `base_model` asks the model without the adapter, and then without the temperature, which was
+        fitted to the adapter. Raises DataError for what is not text."""
         cleaned = [_clean(text, i) for i, text in enumerate(texts)]
         found = np.full((len(cleaned), len(self.labels)), np.nan)
         with self.model.disable_adapter() if base_model else contextlib.nullcontext():
@@ -89,15 +93,19 @@ class HeadlineClassifier:
         return found
 
     def word_effects(self, text: str) -> pd.DataFrame:
-        """How much each `word` of `text` speaks for its label: `effect` is the label's probability less that of the text without the word.
-        The first 40 words, in one batched call; no row for a text of fewer than two."""
+        """How much each `word` of `text` speaks for its label. `effect` is the label's log-odds
+        less those of the text without the word, in nats: odds are the label's probability over that
+        of all other labels, and tell apart what a probability near 1 does not. The first 40 words,
+        in one batched call; no row for a text of fewer than two."""
         words = _clean(text, 0).split()
         if len(words) < 2:
             return pd.DataFrame({"word": [], "effect": []})
         texts = [" ".join(words)] + [" ".join(words[:i] + words[i + 1:]) for i in range(min(len(words), MOST_WORDS))]
-        found = label_probabilities(self.model, self.tokenizer, texts, self.config, temperature=self.temperature)
-        whole, label = found[0], found[0].argmax()
-        return pd.DataFrame({"word": words[:MOST_WORDS], "effect": whole[label] - found[1:, label]})
+        found = label_probabilities(self.model, self.tokenizer, texts, self.config,
+                                    temperature=self.temperature)
+        found, label = np.maximum(found, 1e-300), found[0].argmax()
+        log_odds = np.log(found[:, label]) - np.log(np.delete(found, label, axis=1).sum(axis=1))
+        return pd.DataFrame({"word": words[:MOST_WORDS], "effect": log_odds[0] - log_odds[1:]})
 
 
 def _clean(text, i: int) -> str:
@@ -105,4 +113,5 @@ def _clean(text, i: int) -> str:
         if text is None or text is pd.NA or text != text:
             return ""
         raise DataError(f"text {i} is {str(text)[:40]!r} of type {type(text).__name__}: give a list of strings.")
-    return clean_text(text.encode(errors="replace").decode())  # half a surrogate pair, which a tokenizer refuses, becomes a ?
+    # half a surrogate pair, which a tokenizer refuses, becomes a ?
+    return tidy_text(text.encode(errors="replace").decode())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from qlora_helpers.cleaning import clean_text, normalised
+from qlora_helpers.cleaning import clean_text, same_but_case, tidy_text
 from qlora_helpers.errors import DataError
 
 MOST_LABELS = 26  # as there are letters to ask for
@@ -38,31 +38,45 @@ def read_ag_news_csv(path: Path) -> pd.DataFrame:
 
 
 def read_labelled_csv(path: Path) -> pd.DataFrame:
-    """The rows of a file with the columns `text` and `label` (others are ignored): `raw` and `label`, an index into
-    `attrs["labels"]`, the label names in alphabetical order. Rows without a text and copies of an earlier row, by its words, are left out;
-    `attrs["left_out"]` counts them. Raises DataError that names the file, the row or label, and the remedy."""
+    """The rows of a file with the columns `text` and `label` (others are ignored).
+
+    Rows without a text, and copies of an earlier row but for case and space, are left out.
+
+    Returns:
+        `raw` and `label`, an index into `attrs["labels"]`, the label names in alphabetical order.
+        `attrs["left_out"]` counts the rows that are left out, by their reason;
+        `attrs["contradictions"]` has a line for each copy that has another label than the first.
+    Raises:
+        DataError: names the file, the row or label, and the remedy.
+    """
     lines = _lines(path, _LABELLED)
     _, header = next(lines, (1, []))
     columns = [name.strip().lower() for name in header]
     for name in ("text", "label"):
         if columns.count(name) != 1:
             raise DataError(f"{path}: the first row is {','.join(header)[:80]!r} and does not name one column {name!r}. {_LABELLED}.")
-    rows, seen, left_out = [], set(), {"without a text": 0, "copies": 0}
+    rows, first, contradictions = [], {}, []
+    left_out = {"without a text": 0, "copies": 0, "copies with another label": 0}
     for number, row in lines:
         if len(row) != len(header):
             raise DataError(f"{path}, row {number}: {len(row)} column{'s' * (len(row) != 1)}, but the header names {len(header)}. Put "
                             "double quotes around a text that holds a comma.")
-        text, label = row[columns.index("text")], clean_text(row[columns.index("label")])
-        words = normalised(text)
-        if not words:
+        text, label = row[columns.index("text")], tidy_text(row[columns.index("label")])
+        key = same_but_case(text)
+        if not key:
             left_out["without a text"] += 1
-        elif not label:
+            continue
+        if not label:
             raise DataError(f"{path}, row {number}: there is no label. Give it one, or remove the row.")
-        elif words in seen:
+        earlier, first_label = first.setdefault(key, (number, label))
+        if earlier == number:
+            rows.append((text, label))
+        elif label == first_label:
             left_out["copies"] += 1
         else:
-            seen.add(words)
-            rows.append((text, label))
+            left_out["copies with another label"] += 1
+            contradictions.append(f"{text[:60]!r} is {first_label!r} in row {earlier}, which is "
+                                  f"kept, and {label!r} in row {number}")
     table = pd.DataFrame(rows, columns=["raw", "label"])
     counts = table.label.value_counts().sort_index()
     if not 2 <= len(counts) <= MOST_LABELS:
@@ -72,7 +86,8 @@ def read_labelled_csv(path: Path) -> pd.DataFrame:
         raise DataError(f"{path}: {', '.join(map(repr, rare))} {'have' if len(rare) > 1 else 'has'} a single row (copies are not counted), "
                         "and a label needs one to train on and one to test on. Add rows of it, or remove it.")
     table.label = table.label.map({name: i for i, name in enumerate(counts.index)})
-    table.attrs.update(labels=tuple(counts.index), left_out=left_out)
+    table.attrs.update(labels=tuple(counts.index), left_out=left_out,
+                       contradictions=contradictions)
     return table
 
 

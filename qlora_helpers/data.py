@@ -1,7 +1,7 @@
 """AG News rows: from the hub, a folder of CSVs or the bundled sample; cleaned, and drawn into a seeded, stratified subset."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from qlora_helpers.cleaning import clean_text, normalised
+from qlora_helpers.cleaning import clean_text, normalised, same_but_case, tidy_text
 from qlora_helpers.config import AG_NEWS, SAMPLE, RunConfig
 from qlora_helpers.csv_rows import is_labelled_csv, read_ag_news_csv, read_labelled_csv
 from qlora_helpers.errors import DataError
@@ -29,35 +29,52 @@ def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
     return {split: read_ag_news_csv(folder / f"{split}.csv") for split in ("train", "test")}
 
 
+def text_rules(config: RunConfig) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """How a text of `config.data` is cleaned, and what two copies of a text have in common.
+    A labelled CSV holds texts of the reader's own, which lose control characters and runs of
+    spaces; what AG News' crawl left is cleaned in rows of AG News' layout alone."""
+    return (tidy_text, same_but_case) if is_labelled_csv(config.data) else (clean_text, normalised)
+
+
 def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, pd.DataFrame]:
-    """The three splits, each with columns `text` and `label`, drawn with `config.seed` and shuffled.
-    Training and validation rows come from `rows["train"]`, without the copies of drawn test rows and of one another, whose number is in
-    `attrs["copies_dropped"]` of the training split; a smaller training split is a part of a larger one. They hold each label equally often;
-    those of a labelled CSV keep its frequencies. Test rows keep those of `rows["test"]`. Raises DataError if there are too few."""
-    rng = np.random.default_rng(config.seed)
+    """The three splits, drawn with `config.seed` and shuffled.
+
+    Training and validation rows come from `rows["train"]`, without the copies of drawn test rows
+    and of one another. They hold each label equally often; those of a labelled CSV keep its
+    frequencies. Test rows keep those of `rows["test"]`. With the same rows, seed and `test_size`, a
+    training split holds every row of a smaller one, whatever the validation sizes: training rows
+    are taken from the beginning of an order, validation rows from its end. No row is in two splits
+    of one run; a validation row of a smaller run may be a training row of a larger one.
+
+    Returns:
+        {"train", "validation", "test"}, each with columns `text` (str, by `text_rules`) and
+        `label`; `attrs["copies_dropped"]` of the training split is the number of copies.
+    Raises:
+        DataError: there are too few rows.
+    """
+    rng, (clean, copy_key) = np.random.default_rng(config.seed), text_rules(config)
     order = [rng.permutation(np.flatnonzero(rows["train"].label == label)) for label in range(len(config.labels))]
     test = _draw_test(rows["test"], config, rng)
-    words = rows["train"].raw.map(normalised)
-    copies = words.isin(set(rows["test"].raw.iloc[np.concatenate(test)].map(normalised))) | words.duplicated()
+    keys = rows["train"].raw.map(copy_key)
+    tested = rows["test"].raw.iloc[np.concatenate(test)].map(copy_key)
+    copies = keys.isin(set(tested)) | keys.duplicated()
     order = [indices[~copies.to_numpy()[indices]] for indices in order]
     found = np.array([len(indices) for indices in order])
-    if is_labelled_csv(config.data):
-        validation_share = _shares(found, config.validation_size, most=np.maximum(found - 1, 0))
-        train_share = _shares(found, config.train_size, least=1, most=found - validation_share)
-    else:
-        validation_share, train_share = (_shares(np.ones_like(found), size) for size in (config.validation_size, config.train_size))
-    for label, asked in enumerate(validation_share + train_share):
+    train_share, validation_share = _shares_of(found, config)
+    for label, asked in enumerate(train_share + validation_share):
         if found[label] < asked:
             raise DataError(f"the training rows of {config.data!r} hold {found[label]} of {config.labels[label]}"
                             + (f" ({copies.sum()} copies are not counted)" if copies.any() else "") + ", but "
                             f"train_size={config.train_size} and validation_size={config.validation_size} need {asked}: "
                             "lower QLORA_TRAIN_SIZE or add rows.")
     drawn = {
-        "validation": (rows["train"], [i[:v] for i, v in zip(order, validation_share, strict=True)]),
-        "train": (rows["train"], [i[v:v + t] for i, v, t in zip(order, validation_share, train_share, strict=True)]),
+        "train": (rows["train"], [i[:n] for i, n in zip(order, train_share, strict=True)]),
+        "validation": (rows["train"], [i[len(i) - n:]
+                                       for i, n in zip(order, validation_share, strict=True)]),
         "test": (rows["test"], test),
     }
-    subset = {split: _finish(*drawn[split], np.random.default_rng([config.seed, i])) for i, split in enumerate(SPLITS)}
+    subset = {split: _finish(*drawn[split], clean, np.random.default_rng([config.seed, i]))
+              for i, split in enumerate(SPLITS)}
     subset["train"].attrs["copies_dropped"] = int(copies.sum())
     return subset
 
@@ -70,21 +87,36 @@ def _split(rows: pd.DataFrame, config: RunConfig) -> dict[str, pd.DataFrame]:
         raise DataError(f"{config.data} has {len(rows)} rows to use (copies and empty texts are not counted), but test_size, "
                         f"validation_size and train_size ask for {needed}: lower QLORA_TRAIN_SIZE, or add rows.")
     counts = rows.label.value_counts().sort_index().to_numpy()
-    test_size = max(config.test_size, len(counts))
-    rng = np.random.default_rng([config.seed, len(SPLITS)])
-    drawn = np.concatenate(_draw(rows, _shares(counts, test_size, least=1, most=counts - 1), rng))
+    order = _label_order(counts - 1, each_first=True)  # a row of each label is left to train on
+    shares = _count(order[:max(config.test_size, len(counts))], len(counts))
+    drawn = np.concatenate(_draw(rows, shares, np.random.default_rng([config.seed, len(SPLITS)])))
     return {"train": rows.drop(index=drawn).reset_index(drop=True), "test": rows.iloc[np.sort(drawn)].reset_index(drop=True)}
 
 
-def _shares(counts: np.ndarray, size: int, least: int = 0, most: np.ndarray | float = np.inf) -> np.ndarray:
-    """How many of `size` rows each label gets: in proportion to `counts`, largest remainders rounded up, from `least` to `most` each."""
-    exact = counts * size / counts.sum()
-    share = np.clip(np.floor(exact), least, most).astype(int)
-    while share.sum() < size and (share < most).any():
-        share[np.argmax(np.where(share < most, exact - share, -np.inf))] += 1
-    while share.sum() > size and (share > least).any():
-        share[np.argmax(np.where(share > least, share - exact, -np.inf))] -= 1
-    return share
+def _label_order(counts: np.ndarray, each_first: bool = False) -> np.ndarray:
+    """A label for each row, `counts` of them, so mixed that any beginning or end has them in
+    proportion (Sainte-Laguë's method): a longer beginning never has fewer of a label than a shorter
+    one. `each_first` begins with one of each label."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rank = np.concatenate([np.arange(n) for n in counts])
+    place = (rank + 0.5) / counts[labels]
+    place[rank == 0] -= each_first
+    return labels[np.argsort(place, kind="stable")]
+
+
+def _count(labels: np.ndarray, label_count: int) -> np.ndarray:
+    return np.bincount(labels, minlength=label_count)
+
+
+def _shares_of(found: np.ndarray, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """How many training and validation rows each label gets, of the `found` ones."""
+    labels = len(found)
+    if is_labelled_csv(config.data):
+        order = _label_order(found, each_first=True)
+        return (_count(order[:max(labels, config.train_size)], labels),
+                _count(order[max(labels, len(order) - config.validation_size):], labels))
+    sizes = config.train_size, config.validation_size
+    return tuple(_count(_label_order(np.full(labels, size))[:size], labels) for size in sizes)
 
 
 def _draw_test(rows: pd.DataFrame, config: RunConfig, rng: np.random.Generator) -> list[np.ndarray]:
@@ -93,16 +125,17 @@ def _draw_test(rows: pd.DataFrame, config: RunConfig, rng: np.random.Generator) 
     counts = rows.label.value_counts().reindex(range(len(config.labels)), fill_value=0).to_numpy()
     for label in np.flatnonzero(counts == 0):
         raise DataError(f"the test split of {config.data!r} has no row of {config.labels[label]}: nothing could be said of it. Add some.")
-    return _draw(rows, _shares(counts, config.test_size), rng)
+    return _draw(rows, _count(_label_order(counts)[:config.test_size], len(counts)), rng)
 
 
 def _draw(rows: pd.DataFrame, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
     return [rng.permutation(np.flatnonzero(rows.label == label))[:n] for label, n in enumerate(shares)]
 
 
-def _finish(rows: pd.DataFrame, indices: list[np.ndarray], rng: np.random.Generator) -> pd.DataFrame:
+def _finish(rows: pd.DataFrame, indices: list[np.ndarray], clean: Callable[[str], str],
+            rng: np.random.Generator) -> pd.DataFrame:
     drawn = rows.iloc[rng.permutation(np.concatenate(indices))]
-    return pd.DataFrame({"text": drawn.raw.map(clean_text), "label": drawn.label}).reset_index(drop=True)
+    return pd.DataFrame({"text": drawn.raw.map(clean), "label": drawn.label}).reset_index(drop=True)
 
 
 def _load_from_hub() -> dict[str, pd.DataFrame]:

@@ -9,7 +9,7 @@ import ipywidgets as ipw
 import numpy as np
 
 from qlora_helpers.classifier import MOST_WORDS, HeadlineClassifier
-from qlora_helpers.cleaning import clean_text
+from qlora_helpers.cleaning import tidy_text
 from qlora_helpers.plots import label_colours
 
 EXAMPLES = ("Chip maker warns that profit will miss forecasts", "Peace talks resume after border clashes",
@@ -65,9 +65,9 @@ class HeadlinePanel(ipw.VBox):
         start = time.perf_counter()
         found = self.classifier.probabilities([text])[0]
         if np.isnan(found).any():
-            return "<p>Type a headline first" + (": nothing is left of this one once it is cleaned.</p>" if text.strip() else ".</p>")
+            return "<p>Type a headline first.</p>"
         seconds, labels = time.perf_counter() - start, self.classifier.labels
-        best, shown = labels[int(found.argmax())], _shorten(clean_text(text))
+        best, shown = labels[int(found.argmax())], _shorten(tidy_text(text))
         parts = [f"<b>{escape(best)}</b> in {seconds:.2f} s: <bdi>{escape(shown)}</bdi>"]
         if self.base_model.value:
             base = self.classifier.probabilities([text], base_model=True)[0]
@@ -88,13 +88,17 @@ class HeadlinePanel(ipw.VBox):
         effects = self.classifier.word_effects(text)
         if effects.empty:
             return "<p>One word alone: there is nothing to leave out.</p>"
-        most = max(effects.effect.abs().max(), 0.01)
+        most = max(effects.effect.abs().max(), 0.1)
         colours = {True: "0,114,178", False: "213,94,0"}
         words = " ".join(f'<span style="background:rgba({colours[e >= 0]},{0.6 * abs(e) / most:.2f});padding:0 2px"><bdi>'
-                         f"{escape(_shorten(word))}</bdi> <small>{100 * e:+.0f}</small></span>"
+                         f"{escape(_shorten(word))}</bdi> <small>{e:+.1f}</small></span>"
                          for word, e in zip(effects.word, effects.effect, strict=True))
-        return (f"<p>Which words spoke for {escape(best)} (+) or against it (−), in points of its probability without the word"
-                + f", of the first {MOST_WORDS} words" * (len(clean_text(text).split()) > MOST_WORDS) + f":</p><p>{words}</p>")
+        many = len(tidy_text(text).split()) > MOST_WORDS
+        first = f" The first {MOST_WORDS} words." if many else ""
+        return (f"<p>Which words spoke for {escape(best)} (+) or against it (−): by how much the "
+                "natural logarithm of its odds against all other labels falls without the word. +1 "
+                "means odds 2.7 times as high with the word, +2 means 7.4 times."
+                f"{first}</p><p>{words}</p>")
 
 
 def _bars(labels: Sequence[str], probabilities: np.ndarray) -> str:

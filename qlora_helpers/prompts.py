@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 from qlora_helpers.errors import ModelError
 
 TEMPLATE = "{text}\nTopic:"
-_TAIL = 8  # tokens kept at the end of a prompt that is too long: at least "\nTopic:"
 _EXAMPLE_WORDS = 60  # of a solved example: every row pays for its length
 
 
@@ -22,12 +21,37 @@ def few_shot_prefix(texts: Sequence[str], words: Sequence[str]) -> str:
     return "".join(f"{build_prompt(' '.join(text.split()[:_EXAMPLE_WORDS]))}{word}\n\n" for text, word in zip(texts, words, strict=True))
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, after_prefix: bool = False) -> list[list[int]]:
-    """Token ids of each text's prompt. One longer than `max_length` tokens loses what stands before its last 8.
-    `after_prefix` leaves out the token that begins a text."""
-    prompts = [build_prompt(text) for text in texts]
-    encoded = tokenizer(prompts, add_special_tokens=not after_prefix).input_ids if prompts else []
-    return [ids if len(ids) <= max_length else ids[:max_length - _TAIL] + ids[-_TAIL:] for ids in encoded]
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int,
+                   prefix: str = "") -> list[list[int]]:
+    """Token ids of `prefix` and each text's prompt, as one text.
+    A prompt longer than `max_length` tokens loses the last words of its text, or the last
+    characters if its first word alone is too long: its cue has the tokens of any other. `prefix` is
+    not counted."""
+    most = max_length
+    if prefix:
+        most += len(tokenizer(prefix, add_special_tokens=False).input_ids)
+    prompts = [prefix + build_prompt(text) for text in texts]
+    encoded = tokenizer(prompts).input_ids if prompts else []
+    return [ids if len(ids) <= most else _cut(tokenizer, text, most, prefix)
+            for ids, text in zip(encoded, texts, strict=True)]
+
+
+def _cut(tokenizer, text: str, most: int, prefix: str) -> list[int]:
+    """The ids of a prompt with as many of the text's first words, or else characters, as fit."""
+    empty = tokenizer(prefix + build_prompt("")).input_ids
+    words = text.split(" ")[:most]  # a word is a token at least
+    for parts, joint in ((words, " "), (words[0], "")):
+        fitting, low, high = empty, 0, len(parts)
+        while low < high:
+            middle = (low + high + 1) // 2
+            ids = tokenizer(prefix + build_prompt(joint.join(parts[:middle]))).input_ids
+            if len(ids) <= most:
+                fitting, low = ids, middle
+            else:
+                high = middle - 1
+        if low:
+            break
+    return fitting
 
 
 def label_words(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[str]:

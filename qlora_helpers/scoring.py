@@ -1,6 +1,7 @@
 """Label probabilities in one forward pass: the one core that training, evaluation and the widget call."""
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
@@ -49,21 +50,28 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
     """(texts, config.labels) float64 probabilities, each row summing to 1, in the order of `texts`.
     Rows are scored in order of length, in smaller batches once one has run out of memory; many of them on a CPU in one thread a core.
     `progress` names a progress bar, or is called with the number of rows of each batch. `prefix` (see `few_shot_prefix`) stands before
-    every prompt and is read once; `config.max_length` does not count it. Raises ModelError if a single row runs out of memory."""
+    every prompt, tokenised with it as one text; the tokens that all rows begin with are read once,
+    and `config.max_length` does not count it. Raises ModelError if a single row runs out of
+    memory."""
     label_ids = label_token_ids(tokenizer, config.labels)
-    encoded = encode_prompts(tokenizer, list(texts), config.max_length, after_prefix=bool(prefix))
+    encoded = encode_prompts(tokenizer, list(texts), config.max_length, prefix)
+    shared = []
+    if prefix and encoded:  # a token of each row is left
+        shared = os.path.commonprefix(encoded)[:min(map(len, encoded)) - 1]
+    encoded = [ids[len(shared):] for ids in encoded]
     logits = torch.empty(len(encoded), len(label_ids))
     was_training = model.training
     if any(module.training for module in model.modules()):  # setting the mode of every module takes an eighth of a headline's time
         model.eval()
     try:
-        read = _read_prefix(model, tokenizer(prefix).input_ids) if prefix else None
-        tokens = TOKENS_PER_BATCH[model.device.type] // (4 if prefix else 1)  # each row of a batch holds a copy of what was read
+        read = _read_prefix(model, shared) if shared else None
+        # after a prefix, each row of a batch holds a copy of what was read
+        tokens = TOKENS_PER_BATCH[model.device.type] // (4 if shared else 1)
         batches = length_batches(encoded, tokens)
         with tqdm(total=len(encoded), desc=progress, unit="row", disable=not isinstance(progress, str), mininterval=3) as bar:
             report = progress if callable(progress) else bar.update
             threads = torch.get_num_threads()
-            if model.device.type == "cpu" and not prefix and len(batches) >= 2 * threads > 2:
+            if model.device.type == "cpu" and not shared and len(batches) >= 2 * threads > 2:
                 def keep(batch, found):
                     logits[batch] = found
                     report(len(batch))
@@ -73,7 +81,8 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
                 batch = batches[0]
                 rows = [encoded[i] for i in batch]
                 try:
-                    found = _label_logits_after(model, read, rows, label_ids) if prefix else label_logits(model, rows, label_ids)
+                    found = (_label_logits_after(model, read, rows, label_ids) if shared
+                             else label_logits(model, rows, label_ids))
                 except torch.OutOfMemoryError:
                     found = None  # and leave this block: its traceback holds the activations
                 if found is None:

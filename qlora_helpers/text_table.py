@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from qlora_helpers.classifier import HeadlineClassifier
+from qlora_helpers.cleaning import clean_text
 from qlora_helpers.errors import DataError
 
 NO_TEXT = "(no text)"  # stands where a label would, in a row without one
@@ -30,8 +31,10 @@ def classify_file(classifier: HeadlineClassifier, data: bytes, name: str = "",
 
 def read_texts(data: bytes, name: str = "") -> tuple[pd.DataFrame, list[str]]:
     """The columns of a file as they stand, all text, and the text of each row: of a CSV if `name` ends in .csv, else its lines.
-    A CSV's texts are in the columns that its first row names, or in AG News' layout without one, or in its only column; commas,
-    semicolons or tabs separate them. Empty lines are rows. Raises DataError that names the row and the remedy."""
+    A CSV's texts are in the columns that its first row names, or in AG News' layout without one, or
+    in its only column; commas, semicolons or tabs separate them. Rows of AG News' layout lose what
+    the crawl left, as in 02; other texts stay as they are. Empty lines are rows. Raises DataError
+    that names the row and the remedy."""
     if Path(name).suffix.lower() != ".csv":
         texts = split_lines(data, name or "the text")
         return pd.DataFrame({"text": texts}, dtype=object), texts
@@ -46,7 +49,8 @@ def read_texts(data: bytes, name: str = "") -> tuple[pd.DataFrame, list[str]]:
     if width == 1:
         return _table(rows, ["text"], [0], name, first=1)
     if width == 3 and all(row[0].strip() in {"1", "2", "3", "4"} for row in rows if row):
-        return _table(rows, ["class", "title", "description"], [1, 2], name, first=1)
+        table, texts = _table(rows, ["class", "title", "description"], [1, 2], name, first=1)
+        return table, [clean_text(text) for text in texts]
     raise DataError(f"{name}: the first row, {','.join(rows[0])[:80]!r}, does not say which of {width} columns holds the texts. {_LAYOUT}.")
 
 

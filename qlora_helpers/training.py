@@ -36,12 +36,30 @@ def _one_gpu(args: TrainingArguments) -> TrainingArguments:
     return args
 
 
+def what_validation_says(history: dict) -> str:
+    """What the validation losses of `LabelTrainer.history` did, in a sentence.
+    It guesses nothing of more epochs."""
+    first, *epochs = history["validation"]
+    kept, last = min(epochs, key=lambda e: e["loss"]), epochs[-1]
+    if kept["loss"] >= first["loss"]:
+        return (f"Validation loss was {first['loss']:.3f} before training, and is not lower after "
+                f"any epoch ({kept['loss']:.3f} at best): training has not helped.")
+    if kept is not last:
+        return (f"Validation loss was lowest after epoch {kept['epoch']:g} ({kept['loss']:.3f}) "
+                f"and is {last['loss']:.3f} after the last: later epochs did not help on these "
+                "rows.")
+    before = epochs[-2] if len(epochs) > 1 else first
+    return (f"Validation loss fell from {before['loss']:.3f} to {last['loss']:.3f} in the last "
+            "epoch. Only a training with more epochs can tell whether it would fall further.")
+
+
 class _Watch(TrainerCallback):
     """Adds the time to what is logged, counts the steps that the float16 scaler skipped after an overflow, and feeds the loss panel."""
 
     def __init__(self, trainer: "LabelTrainer"):
         self.trainer, self.panel, self.skipped_steps = trainer, None, 0
         self.before, self.start = 0.0, time.perf_counter()  # seconds spent before the training went on
+        self.step_start, self.steps = 0.0, []  # seconds of each step of this process
 
     @property
     def seconds(self) -> float:
@@ -50,18 +68,36 @@ class _Watch(TrainerCallback):
     def on_train_begin(self, *args, **kwargs):
         self.start = time.perf_counter()
 
+    def on_step_begin(self, *args, **kwargs):
+        self.step_start = time.perf_counter()
+
     def on_step_end(self, *args, **kwargs):
+        self.steps.append(time.perf_counter() - self.step_start)
         self.skipped_steps += self.trainer.accelerator.optimizer_step_was_skipped
 
     def on_log(self, args, state, control, **kwargs):
         seconds = self.seconds
         state.log_history[-1]["seconds"] = round(seconds, 2)
         if self.panel and state.global_step:
-            left = seconds / state.global_step * (state.max_steps - state.global_step)
             rate = state.global_step * self.trainer.config.effective_batch_size / seconds
             peak = self.trainer.peak_gib()
-            self.panel.live(lambda: self.trainer.history(seconds), f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s, "
-                            f"{left / 60:.1f} minutes left" + ("" if peak is None else f", peak {peak:.1f} GiB of GPU memory"))
+            memory = "" if peak is None else f", peak {peak:.1f} GiB of GPU memory"
+            self.panel.live(lambda: self.trainer.history(seconds),
+                            f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
+                            + self._left(state) + memory)
+
+    def _left(self, state) -> str:
+        """The time of the steps and validations to come, by recent steps and the last validation.
+        The first of each compile; a row validates no slower than it trains."""
+        if len(self.steps) < 2:
+            return ""
+        step = float(np.median(self.steps[1:][-50:]))
+        batches = len(self.trainer.eval_dataset) / self.trainer.config.effective_batch_size
+        validations = [e["eval_runtime"] for e in state.log_history if "eval_runtime" in e]
+        to_come = max(0, state.num_train_epochs + 1 - len(validations))  # one comes before training
+        seconds = step * (state.max_steps - state.global_step)
+        seconds += to_come * min([step * batches, *validations[-1:]])
+        return f", {seconds / 60:.1f} minutes left"
 
 
 class LabelTrainer(ResumableTrainer):
@@ -81,6 +117,7 @@ class LabelTrainer(ResumableTrainer):
         rows = datasets.Dataset.from_dict({"input_ids": encode_prompts(tokenizer, self.texts, config.max_length),
                                            "labels": subset["train"].label.tolist(), "row": range(len(self.texts))})
         dtype, _ = compute_dtype()
+        one_step = config.num_epochs == 1 and len(subset["train"]) <= config.effective_batch_size
         super().__init__(
             checkpoint_minutes=checkpoint_minutes, checkpoint_steps=checkpoint_steps,
             model=model, train_dataset=rows, eval_dataset=self._validation, data_collator=self._collate,
@@ -89,7 +126,8 @@ class LabelTrainer(ResumableTrainer):
                 seed=config.seed, num_train_epochs=config.num_epochs,
                 per_device_train_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
                 learning_rate=config.learning_rate,
-                warmup_steps=config.warmup_ratio, lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
+                warmup_steps=0 if one_step else config.warmup_ratio,  # a warm-up begins with rate 0
+                lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
                 weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
                 # the fused optimizer skips a step by itself after an overflow: neither scheduler nor count would hear of it
                 optim="adamw_torch" if dtype == torch.float16 else "adamw_torch_fused",

@@ -22,3 +22,25 @@ def test_the_card_does_not_tell_where_this_machine_keeps_its_data(config, tmp_pa
     table = scoreboard([0, 1], {"tuned model": [0, 1]}, LABELS)
     card = model_card(dataclasses.replace(config, data=str(tmp_path / "ag_news")), table, HISTORY, 1.0, None)
     assert str(tmp_path) not in card and "rows of ag_news" in card
+
+
+def test_the_card_asks_for_a_temperature_only_where_one_is_used(config):
+    table = scoreboard([0, 1], {"tuned model": [0, 1]}, LABELS)
+    for temperature, said, unsaid in (
+        (1.25, "Divide the logits by the temperature 1.250", "no temperature"),
+        (1.0, "The logits need no temperature", "Divide the logits"),
+    ):
+        card = model_card(config, table, HISTORY, temperature, None)
+        assert said in card and unsaid not in card
+
+
+def test_no_p_value_of_the_card_is_nought(config):
+    n = 4000
+    table = scoreboard([0] * n, {"majority class": [1] * n, "tuned model": [0] * n}, LABELS)
+    assert table.p_value["majority class"] == 0
+    lines = [
+        line
+        for line in model_card(config, table, HISTORY, 1.0, None).splitlines()
+        if line.startswith("| ")
+    ]
+    assert "| <1e-16 |" in lines[2] and lines[3].count("|  |") == 1 and "nan" not in "".join(lines)

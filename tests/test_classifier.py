@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import zipfile
@@ -59,10 +60,31 @@ def test_the_notebooks_predictions_again(notebook_workspace):
     np.testing.assert_allclose(values(classifier(test.text[0])), expected[:1], atol=1e-4)
 
 
-def test_texts_are_cleaned_as_in_training(classifier):
-    raw = "Oil #39;s price <b>falls</b>\\\nagain"
-    assert clean_text(raw) == "Oil's price falls again"
-    np.testing.assert_array_equal(values(classifier([raw])), values(classifier(["Oil's price falls again"])))
+OWN = [
+    "order #4521; refund",
+    "John <john@x.com>",
+    "List<String>",
+    "?id=1&section=2",
+    r"C:\Users",
+    "AT&amp;T",
+    ":)",
+    "C++",
+    "<b>bold</b>",
+    "<p></p>",
+]
+
+
+def test_texts_of_the_readers_own_reach_the_model_as_they_are(classifier):
+    expected = label_probabilities(
+        classifier.model, classifier.tokenizer, OWN, classifier.config, temperature=1.5
+    )
+    np.testing.assert_allclose(classifier.probabilities(OWN), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        classifier.probabilities([f" {text}\x00\n" for text in OWN]), expected, atol=1e-5
+    )
+    assert (
+        abs(expected[0] - classifier.probabilities([clean_text(OWN[0])])).max() > 1e-3
+    )  # else nothing could be seen
 
 
 def test_one_text_and_a_series_and_none(classifier):
@@ -74,10 +96,10 @@ def test_one_text_and_a_series_and_none(classifier):
 
 
 def test_empty_texts_keep_their_place_and_are_missing(classifier):
-    texts = ["", TEXTS[0], " \n\x00", None, float("nan"), "<p></p>", TEXTS[1]]
+    texts = ["", TEXTS[0], " \n\x00", None, float("nan"), TEXTS[1]]
     table = classifier(texts)
-    assert table.isna().all(axis=1).tolist() == [True, False, True, True, True, True, False]
-    np.testing.assert_allclose(values(table)[[1, 6]], values(classifier(TEXTS[:2])), atol=1e-5)
+    assert table.isna().all(axis=1).tolist() == [True, False, True, True, True, False]
+    np.testing.assert_allclose(values(table)[[1, 5]], values(classifier(TEXTS[:2])), atol=1e-5)
     assert classifier(["", ""]).isna().all(axis=None)
 
 
@@ -114,17 +136,28 @@ def test_the_base_model_without_adapter_and_temperature(classifier):
     assert abs(found - classifier.probabilities(TEXTS)).max() > 0.05
 
 
-def test_word_effects_are_the_probability_lost_without_each_word(classifier):
+def log_odds(probabilities: np.ndarray, label: int) -> float:
+    return float(np.log(probabilities[label]) - np.log(np.delete(probabilities, label).sum()))
+
+
+def test_word_effects_are_the_log_odds_lost_without_each_word(classifier):
     table, text = classifier.word_effects(TEXTS[0]), TEXTS[0].split()
     assert table.word.tolist() == text
     [whole] = classifier.probabilities(TEXTS[:1])
+    label = whole.argmax()
     for i, effect in enumerate(table.effect):
         [without] = classifier.probabilities([" ".join(text[:i] + text[i + 1:])])
-        assert effect == pytest.approx(whole[whole.argmax()] - without[whole.argmax()], abs=1e-5)
-    assert table.effect.abs().max() > 0.01
+        assert effect == pytest.approx(log_odds(whole, label) - log_odds(without, label), abs=1e-4)
+    assert table.effect.abs().max() > 0.1
     assert classifier.word_effects("word").empty and classifier.word_effects("").empty
     assert len(classifier.word_effects("word " * 9999)) == 40
-    assert len(classifier.word_effects("<a < b>")) == 3  # without its second word this would be a tag, and empty
+
+
+def test_word_effects_are_seen_where_the_probability_is_one(classifier):
+    sure = copy.copy(classifier)
+    sure.temperature = classifier.temperature / 100  # each effect is a hundred times as large
+    assert sure.probabilities(TEXTS[:1]).max() > 0.999999
+    assert sure.word_effects(TEXTS[0]).effect.abs().min() > 0.1
 
 
 # Where it comes from

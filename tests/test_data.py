@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -10,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from qlora_helpers.cleaning import clean_text, normalised
-from qlora_helpers.config import LABELS
+from qlora_helpers.cleaning import clean_text, normalised, tidy_text
+from qlora_helpers.config import LABELS, RunConfig
 from qlora_helpers.data import SPLITS, draw_subset, load_rows
 from qlora_helpers.errors import DataError
 
@@ -47,6 +48,21 @@ AG_NEWS_FOLDER = Path(os.environ.get("AG_NEWS_FOLDER") or Path(__file__).parents
 ])
 def test_clean_text(raw, clean):
     assert clean_text(raw) == clean
+
+
+def test_control_characters_and_runs_of_spaces_alone_are_tidied():
+    assert tidy_text("  a\x00b\tc \r\n d\u2003e\x1b[31m ") == "a b c d e [31m"
+    # the last has a zero-width joiner
+    text = "order #4521; <john@x.com> List<String> ?id=1&section=2 C:\\Users &amp; क्‍ष"
+    assert tidy_text(text) == text
+
+
+@pytest.mark.parametrize(
+    "raw", ["&#" + "1" * 4301 + ";", "&amp;#" + "7" * 4301 + ";", "&#" + "0" * 5000]
+)
+def test_an_entity_of_thousands_of_digits_is_one_unknown_character(raw):
+    assert clean_text(f"Oil {raw} climbs") == "Oil \ufffd climbs"
+    assert normalised(f"Oil {raw} climbs") == "oil climbs"
 
 
 def test_cleaning_the_sample_changes_nothing(config):
@@ -159,6 +175,57 @@ def test_a_smaller_training_split_is_a_part_of_a_larger_one(config):
     pd.testing.assert_frame_equal(small["test"], large["test"])
 
 
+def _nested_and_apart(runs: dict[int, dict[str, pd.DataFrame]]):
+    """Each training split holds the smaller ones, and no row is in two splits of one run."""
+    for smaller, larger in itertools.pairwise(sorted(runs)):
+        assert set(runs[smaller]["train"].text) < set(runs[larger]["train"].text)
+        pd.testing.assert_frame_equal(runs[smaller]["test"], runs[larger]["test"])
+    for size, run in runs.items():
+        texts = [text for split in SPLITS for text in run[split].text]
+        assert len(run["train"]) == size and len(set(texts)) == len(texts)
+
+
+SIZES = (280, 1000, 2000, 4000, 10_000)
+
+
+def test_training_splits_are_nested_with_the_default_validation_sizes(tmp_path):
+    """At these sizes a seventh validates: 40, 142, 285, 571 and 1,428 rows."""
+    rows = {"train": _rows([3000, 3100, 2900, 3300]), "test": _rows([30, 40, 20, 10], "test")}
+    configs = {size: RunConfig.from_environment(train_size=size) for size in SIZES}
+    assert [configs[size].validation_size for size in SIZES] == [40, 142, 285, 571, 1428]
+    runs = {size: draw_subset(rows, configs[size]) for size in SIZES}
+    _nested_and_apart(runs)
+    assert [len(runs[size]["validation"]) for size in SIZES] == [40, 142, 285, 571, 1428]
+
+
+def test_training_splits_of_a_labelled_csv_are_nested_too(tmp_path):
+    path = tmp_path / "rows.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(
+            [("text", "label")]
+            + [
+                (f"{label} {i}", label)
+                for label, n in (("rare", 37), ("less", 4211), ("common", 9001))
+                for i in range(n)
+            ]
+        )
+    runs, whole = {}, 37 + 4211 + 9001
+    for size in SIZES:
+        config = RunConfig.from_environment(data=str(path), train_size=size)
+        runs[size] = draw_subset(load_rows(config), config)
+        for split in (
+            SPLITS
+        ):  # each label's share, but for the rounding and the one row that each label has at least
+            for label, n in enumerate((9001, 4211, 37)):
+                rows = len(runs[size][split])
+                assert abs((runs[size][split].label == label).sum() - rows * n / whole) < 2, (
+                    size,
+                    split,
+                    label,
+                )
+    _nested_and_apart(runs)
+
+
 def test_the_seed_alone_decides(config):
     sizes = {"train_size": 40, "validation_size": 20, "test_size": 20}
     one, again, other = _draw(config, **sizes), _draw(config, **sizes), _draw(config, seed=43, **sizes)
@@ -172,13 +239,13 @@ def test_the_first_rows_of_the_sample_for_the_default_seed(config):
     assert {split: [(text[:40], LABELS[label]) for text, label in zip(drawn[split].text[:3], drawn[split].label[:3], strict=True)]
             for split in SPLITS} == {
         "train": [
-            ("Ballpark Grant Denied, Daejeon Nine May ", "Sports"),
-            ("Coup Leaves Dutch Bank With €400 Million", "Business"),
-            ("Mongolian Judoka Takes Paris Bronze in N", "Sports")],
+            ("Poland rally from two sets down in volle", "Sports"),
+            ("Nigeria's Central Bank Raises Rates to 1", "Business"),
+            ("Six-week ban for Dunedin prop Tama Pohat", "Sports")],
         "validation": [
-            ("Dhaka Garment Makers Settle Back-Pay Cla", "Business"),
-            ("Quarterback Breaks Collarbone, Rookie to", "Sports"),
-            ("Drag-flick double sends India into hocke", "Sports")],
+            ("Durban Dockworkers Return, but Backlog R", "Business"),
+            ("Bidding War for an Afghan Seamer MUMBAI ", "Sports"),
+            ("Chile draw level with Croatia on Antofag", "Sports")],
         "test": [
             ("Tajikistan Frees Kyrgyz Shepherds but Ke", "World"),
             ("Irish Whiskey Distiller Toasts Record Ye", "Business"),
@@ -224,7 +291,7 @@ def test_training_rows_that_repeat_one_another_are_drawn_once(config):
     assert len(words) == 320 and words.is_unique
 
 
-def test_texts_are_drawn_clean(config):
+def test_texts_are_drawn_clean(config):  # of AG News' layout
     rows = pd.DataFrame({"raw": [f"Firm #39;s  quot;best quot;\\year {i}" for i in range(12)], "label": [0, 1, 2, 3] * 3})
     drawn = draw_subset({"train": rows[:8], "test": rows[8:].reset_index(drop=True)},
                         dataclasses.replace(config, train_size=4, validation_size=4, test_size=4))
@@ -280,3 +347,19 @@ def test_real_rows_are_read_and_nothing_of_the_crawl_is_left(config):
     assert {split: len(table) for split, table in rows.items()} == {"train": 6000, "test": 1000}
     leftover = re.compile(r"#\d{2,5};|\b(?:quot|amp|lt|gt|nbsp|hellip|mdash|ndash|apos);|&\w+;|</?[A-Za-z]|\\|[\x00-\x1f\x7f-\x9f]|\s\s")
     assert [text for table in rows.values() for text in table.raw.map(clean_text) if leftover.search(text)] == []
+
+
+@pytest.mark.skipif(
+    not (AG_NEWS_FOLDER / "train.csv").is_file(),
+    reason="no AG News rows in $AG_NEWS_FOLDER or ../shared/ag_news",
+)
+def test_real_rows_are_cleaned_as_they_always_were(config):
+    """The digest was computed before texts of the reader's own got rules of their own."""
+    rows = load_rows(dataclasses.replace(config, data=str(AG_NEWS_FOLDER)))
+    cleaned = "".join(
+        clean_text(raw) + "\n" for split in ("train", "test") for raw in rows[split].raw
+    )
+    assert (
+        hashlib.sha256(cleaned.encode()).hexdigest()
+        == "70a554bc8f07bbae51c56975e76f2cbf93948de0bf19945c7377b33927290ce0"
+    )

@@ -1,17 +1,20 @@
 import math
+import re
 import socket
 
 import numpy as np
 import pytest
 from scipy import stats
 from scipy.special import log_softmax, softmax
-from sklearn.metrics import f1_score, log_loss
+from sklearn.metrics import log_loss
 
 from qlora_helpers.config import LABELS
 from qlora_helpers.metrics import (
+    ece_by_chance,
     fit_temperature,
     macro_f1_interval,
     mcnemar,
+    p_text,
     reliability,
     scoreboard,
     scores,
@@ -67,20 +70,58 @@ def test_the_scoreboard_has_a_row_for_each_system():
     assert table.loc["tuned", ["accuracy", "macro_f1", "correct"]].tolist() == [1.0, 1.0, 4]
 
 
-def drawn(rows: int, accuracy: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    references = rng.integers(0, 4, rows)
-    return np.where(rng.random(rows) < accuracy, references, rng.integers(0, 4, rows)), references
+def _confusion(accuracy: float, shares: list[float]) -> np.ndarray:
+    """The probability of each (true, predicted) pair: labels of `shares`, errors spread evenly."""
+    errors = (
+        (1 - np.eye(len(shares))) * (1 - accuracy) * np.array(shares)[:, None] / (len(shares) - 1)
+    )
+    return errors + np.diag(np.array(shares) * accuracy)
 
 
-@pytest.mark.parametrize("rows", [80, 1000])
-def test_the_bootstrap_interval_is_scipys(rows):
-    predictions, references = drawn(rows, 0.8)
-    expected = stats.bootstrap((predictions, references), lambda p, r: f1_score(r, p, average="macro"), paired=True, vectorized=False,
-                               n_resamples=2000, method="percentile", rng=np.random.default_rng(1)).confidence_interval
-    found = macro_f1_interval(predictions, references, LABELS)
-    assert found == pytest.approx((expected.low, expected.high), abs=0.15 * (expected.high - expected.low))
-    assert found == macro_f1_interval(predictions, references, LABELS)
+def _macro_f1(confusion: np.ndarray) -> float:
+    return float((2 * np.diag(confusion) / (confusion.sum(axis=0) + confusion.sum(axis=1))).mean())
+
+
+@pytest.mark.parametrize("shares", [[0.25] * 4, [0.4, 0.3, 0.2, 0.1]], ids=["equal", "unequal"])
+@pytest.mark.parametrize("rows", [80, 400, 7600])
+@pytest.mark.parametrize("accuracy", [0.5, 0.7, 0.9, 0.975, 0.99])
+def test_the_interval_of_macro_f1_covers_it(accuracy, rows, shares):
+    """400 draws of test rows from a known system: the share of intervals that hold its macro-F1
+    has a standard error of 0.011."""
+    truth, rng, covered, width = _confusion(accuracy, shares), np.random.default_rng(0), 0, 0.0
+    for _ in range(400):
+        pairs = rng.choice(truth.size, rows, p=truth.ravel())
+        low, high = macro_f1_interval(pairs % 4, pairs // 4, LABELS, draws=500)
+        covered += low <= _macro_f1(truth) <= high
+        width += (high - low) / 400
+    assert 0.915 <= covered / 400 <= 0.985
+    assert (
+        width < 5 * np.sqrt(accuracy * (1 - accuracy) / rows) + 2 / rows
+    )  # 4 to 5 standard errors of an accuracy
+
+
+def test_the_interval_of_macro_f1_without_an_error_is_like_wilsons():
+    references = [i % 4 for i in range(80)]
+    low, high = macro_f1_interval(references, references, LABELS)
+    assert low == pytest.approx(wilson_interval(80, 80)[0], abs=0.02) and 0.99 < high <= 1
+    assert macro_f1_interval(references, references, LABELS) == (low, high)
+
+
+def test_the_interval_of_macro_f1_of_a_label_that_is_not_there():
+    low, high = macro_f1_interval([0, 1, 2] * 500, [0, 1, 2] * 500, LABELS)
+    assert 0.74 < low < high <= 0.75
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [(1.0, "1"), (0.0127, "0.013"), (4.1e-9, "4.1e-09"), (0.0, "<1e-16"), (1e-300, "<1e-16")],
+)
+def test_p_values_in_print(p, text):
+    assert p_text(p) == text
+
+
+def test_no_p_value_of_the_notebook_or_the_terminal_is_nought():
+    assert p_text(mcnemar([0] * 4000, [1] * 4000, [0] * 4000)) == "<1e-16"
 
 
 @pytest.mark.parametrize(("wins", "losses", "p_value"), [
@@ -116,14 +157,66 @@ def test_probabilities_that_are_true_have_no_calibration_error():
     assert reliability(probabilities, references)[1] < 0.006
 
 
+def _calibrated(
+    rows: int, rng: np.random.Generator, spread: float = 2.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, and labels drawn from them."""
+    logits = rng.normal(size=(rows, 4)) * spread
+    return logits, (softmax(logits, axis=1).cumsum(axis=1) > rng.random((rows, 1))).argmax(axis=1)
+
+
+@pytest.mark.parametrize("rows", [80, 1000, 7600])
+def test_the_calibration_error_by_chance_is_that_of_calibrated_models(rows):
+    rng = np.random.default_rng(3)
+    probabilities = softmax(_calibrated(rows, rng, spread=3.0)[0], axis=1)
+    seen = []
+    for _ in range(200):
+        references = (probabilities.cumsum(axis=1) > rng.random((rows, 1))).argmax(axis=1)
+        seen.append(reliability(probabilities, references)[1])
+    by_chance = ece_by_chance(probabilities)
+    assert by_chance.mean() == pytest.approx(np.mean(seen), rel=0.05)
+    assert np.percentile(by_chance, 95) == pytest.approx(np.percentile(seen, 95), rel=0.15)
+    np.testing.assert_array_equal(by_chance, ece_by_chance(probabilities))
+
+
+@pytest.mark.parametrize("rows", [40, 400])
+def test_a_temperature_is_used_where_it_is_significant_and_there_alone(rows):
+    """Calibrated models get 1 in 19 of 20 draws; on 400 rows one that is twice too sure never."""
+    rng, used, softened = np.random.default_rng(5), 0, 0
+    for _ in range(300):
+        logits, references = _calibrated(rows, rng)
+        used += fit_temperature(softmax(logits, axis=1), references)[0] != 1
+        softened += fit_temperature(softmax(2 * logits, axis=1), references)[0] > 1
+    assert used / 300 < 0.075
+    assert softened / 300 == 1 if rows == 400 else softened / 300 > 0.8
+
+
+def test_forty_rows_with_one_error_keep_their_confidence():
+    """As in the small default run: 0.7 fits these rows, and would make others worse."""
+    probabilities = np.array([[0.94, 0.03, 0.02, 0.01]] * 39 + [[0.6, 0.3, 0.05, 0.05]])
+    temperature, reason = fit_temperature(probabilities, [0] * 39 + [1])
+    assert temperature == 1.0
+    assert re.fullmatch(
+        r"The temperature is 1, which changes nothing: twice the gain in log-likelihood of "
+        r"0\.\d\d over 1 is \d\.\d on 40 "
+        r"validation rows, not above 3\.84\.",
+        reason,
+    )
+
+
 @pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
 def test_the_temperature_that_made_the_probabilities_is_found_and_undone(temperature):
     rng = np.random.default_rng(1)
     logits = rng.normal(size=(50_000, 4)) * 2
     references = (softmax(logits, axis=1).cumsum(axis=1) > rng.random((50_000, 1))).argmax(axis=1)
     confident = softmax(logits * temperature, axis=1)
-    found = fit_temperature(confident, references)
-    assert found == pytest.approx(temperature, rel=0.03)
+    found, reason = fit_temperature(confident, references)
+    assert found == (1 if temperature == 1 else pytest.approx(temperature, rel=0.03))
+    assert reason.startswith(
+        f"The temperature is {found:.2f}: "
+        if temperature != 1
+        else "The temperature is 1, which changes nothing"
+    )
     np.testing.assert_allclose(with_temperature(confident, temperature), softmax(logits, axis=1), atol=1e-12)
     assert reliability(with_temperature(confident, found), references)[1] < 0.01
     grid = np.linspace(0.5, 1.5, 41) * found
@@ -132,16 +225,16 @@ def test_the_temperature_that_made_the_probabilities_is_found_and_undone(tempera
 
 
 def test_few_rows_that_are_all_right_do_not_ask_for_certainty():
-    """Without the prior they would get the least temperature that is allowed; hundreds of rows are believed."""
+    """A model that is right at 0.95 is right on 40 rows one time in eight; never on 4,000."""
     sure = np.array([[0.95, 0.03, 0.01, 0.01]])
-    assert 0.6 < fit_temperature(sure.repeat(40, axis=0), [0] * 40) < 0.75
-    assert fit_temperature(sure.repeat(4000, axis=0), [0] * 4000) < 0.5
+    assert fit_temperature(sure.repeat(40, axis=0), [0] * 40)[0] == 1
+    assert fit_temperature(sure.repeat(4000, axis=0), [0] * 4000)[0] < 0.5
 
 
 def test_temperature_of_certain_rows_is_finite():
     probabilities = np.array([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [1.0, 0, 0, 0]])
     for references in ([0, 1, 0], [0, 1, 2]):
-        found = fit_temperature(probabilities, references)
+        found, _ = fit_temperature(probabilities, references)
         assert 0.25 <= found <= 10
         assert np.isfinite(log_softmax(with_temperature(probabilities, found), axis=1)).all()
         np.testing.assert_allclose(with_temperature(probabilities, found).sum(axis=1), 1)

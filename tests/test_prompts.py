@@ -49,14 +49,38 @@ def test_a_template_that_ends_in_a_space_is_refused(tokenizer, monkeypatch):
         prompts._first_tokens(tokenizer, ["World", "Sports"])  # the space moved from the words to the template
 
 
-def test_a_text_that_is_too_long_keeps_its_beginning_and_the_end_of_the_prompt(tokenizer):
-    text = "Shares fall in Leeds. " * 1000
-    whole = tokenizer(text).input_ids
-    assert len(text) > 20_000 and len(whole) > 4_000
-    [ids] = encode_prompts(tokenizer, [text], 64)
-    assert len(ids) == 64
-    assert ids[:56] == whole[:56]
-    assert ids[-3:] == [198, 29718, 42]  # \n|Topic|:
+CUE = [198, 29718, 42]  # \n|Topic|:
+
+
+@pytest.mark.parametrize("prefix", ["", "Rain stops play\nTopic: Sports\n\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Shares fall in Leeds. " * 1000,
+        "antidisestablishmentarianism of Llanfairpwllgwyngyll " * 99,
+        "\u592e\u884c \u5229\u7387 " * 500,
+        "short " + "a" * 5000,
+    ],
+)
+def test_a_text_that_is_too_long_loses_its_last_words(tokenizer, text, prefix):
+    [ids] = encode_prompts(tokenizer, [text], 64, prefix)
+    most = 64 + len(tokenizer(prefix).input_ids if prefix else [])
+    kept = tokenizer.decode(ids).removeprefix(prefix).removesuffix("\nTopic:")
+    words = text.split(" ")
+    count = len(kept.split(" "))
+    assert kept == " ".join(words[:count])  # whole words
+    assert ids == tokenizer(prefix + build_prompt(kept)).input_ids and ids[-3:] == CUE
+    assert (
+        len(ids)
+        <= most
+        < len(tokenizer(prefix + build_prompt(" ".join(words[: count + 1]))).input_ids)
+    )
+
+
+def test_a_single_word_that_is_too_long_loses_its_last_characters(tokenizer):
+    [ids] = encode_prompts(tokenizer, ["goal" * 5000 + " at last"], 64)
+    kept = tokenizer.decode(ids).removesuffix("\nTopic:")
+    assert ("goal" * 5000).startswith(kept) and 60 <= len(ids) <= 64 and ids[-3:] == CUE
 
 
 def test_a_text_of_just_the_length_is_whole(tokenizer):

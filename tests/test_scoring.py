@@ -16,7 +16,7 @@ from qlora_helpers.errors import ModelError
 from qlora_helpers.metrics import with_temperature
 from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_base_model
 from qlora_helpers.packing import use_packed_attention
-from qlora_helpers.prompts import encode_prompts, few_shot_prefix, label_token_ids
+from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids
 from qlora_helpers.scoring import label_logits, label_probabilities, length_batches
 
 CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
@@ -109,13 +109,42 @@ def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(exact,
     assert prefix == "Keeper saves twice\nTopic: Sports\n\nOil climbs as ports close\nTopic: Business\n\n"
     found = label_probabilities(model, tokenizer, TEXTS, CONFIG, prefix=prefix)
     ids = label_token_ids(tokenizer, LABELS)
-    for row, prompt in zip(found, _encode(tokenizer, TEXTS), strict=True):
+    for row, text in zip(found, TEXTS, strict=True):
+        whole = tokenizer(prefix + build_prompt(text)).input_ids
+        assert (
+            whole != tokenizer(prefix).input_ids + tokenizer(build_prompt(text)).input_ids
+        )  # the last line end joins another
         with torch.no_grad():
-            logits = model(torch.tensor([tokenizer(prefix).input_ids + prompt])).logits[0, -1, ids].double()
+            logits = model(torch.tensor([whole])).logits[0, -1, ids].double()
         np.testing.assert_allclose(row, logits.softmax(-1).numpy(), atol=1e-5)
     plain = label_probabilities(model, tokenizer, TEXTS, CONFIG)
     assert abs(found - plain).max() > 0.05
     np.testing.assert_array_equal(label_probabilities(model, tokenizer, TEXTS, CONFIG), plain)  # nothing of the examples is left
+
+
+def test_what_rows_share_is_read_once_and_no_row_is_empty(exact, monkeypatch):
+    """One row, equal rows, and rows that share more than the examples."""
+    model, tokenizer = exact
+    prefix, read = few_shot_prefix(["Keeper saves twice"], [" Sports"]), []
+    real = scoring._read_prefix
+    monkeypatch.setattr(
+        scoring, "_read_prefix", lambda model, ids: read.append(len(ids)) or real(model, ids)
+    )
+    [alone] = label_probabilities(model, tokenizer, ["Rain stops play"], CONFIG, prefix=prefix)
+    twice = label_probabilities(model, tokenizer, ["Rain stops play"] * 2, CONFIG, prefix=prefix)
+    other = label_probabilities(
+        model, tokenizer, ["Rain stops play", "Rain stops the vote"], CONFIG, prefix=prefix
+    )
+    np.testing.assert_allclose(twice, [alone, alone], atol=1e-5)
+    np.testing.assert_allclose(other[0], alone, atol=1e-5)
+    assert (
+        read[0]
+        == read[1]
+        == len(tokenizer(prefix + build_prompt("Rain stops play")).input_ids) - 1
+        > read[2]
+        > 5
+    )
+    assert label_probabilities(model, tokenizer, [], CONFIG, prefix=prefix).shape == (0, 4)
 
 
 def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(tiny, base, config):

@@ -19,6 +19,12 @@ NEW = ["label", "confidence", *(f"P({label})" for label in LABELS)]
     ("a.csv", "headline\tday\none\t1\n", ["headline", "day"], ["one"]),
     ("a.csv", '"3","Title, with comma","Description"\n"1","A","B"\n', ["class", "title", "description"],
      ["Title, with comma Description", "A B"]),
+    ("a.csv", '3,Firm #39;s loss &lt;b&gt;,falls\\again\n', ["class", "title", "description"],
+     ["Firm's loss falls again"]),
+    ("a.csv", 'text\norder #4521; <b@x.com> C:\\Users &lt;\n', ["text"],
+     ["order #4521; <b@x.com> C:\\Users &lt;"]),
+    ("a.txt", "order #4521; <b@x.com> C:\\Users &lt;", ["text"],
+     ["order #4521; <b@x.com> C:\\Users &lt;"]),
     ("a.csv", 'first line\n"second, quoted"\n\nlast\n', ["text"], ["first line", "second, quoted", "", "last"]),
     ("a.csv", "", ["text"], []),
 ])

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import random
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -125,6 +127,111 @@ def test_the_validation_loss_is_that_of_the_scored_labels(trained, base):
     tolerance = 1e-4 if compute_dtype()[0] == torch.float32 else 0.03
     assert history["validation"][-1]["loss"] == pytest.approx(expected, abs=tolerance)
     assert history["validation"][-1]["accuracy"] == (probabilities.argmax(-1).numpy() == validation.label).mean()
+
+
+def test_a_training_of_one_step_learns(trained):
+    trainer, history, _ = trained(num_epochs=1, effective_batch_size=20)
+    assert len(history["train"]) == 1
+    learned = [weight for name, weight in _adapter(trainer).items() if "lora_B" in name]
+    assert len(learned) == 14 and all(
+        weight.abs().max() > 0.001 for weight in learned
+    )  # they begin at 0
+    assert _losses(history, "validation")[0] != _losses(history, "validation")[1]
+
+
+def _validation(*losses: float) -> dict:
+    return {"validation": [{"epoch": float(i), "loss": loss} for i, loss in enumerate(losses)]}
+
+
+@pytest.mark.parametrize(
+    ("losses", "says"),
+    [
+        (
+            (2.0, 0.5, 0.4),
+            "Validation loss fell from 0.500 to 0.400 in the last epoch. Only a "
+            "training with more epochs can tell",
+        ),
+        ((2.0, 0.5), "Validation loss fell from 2.000 to 0.500 in the last epoch. "),
+        (
+            (2.0, 0.5, 0.4, 0.45),
+            "Validation loss was lowest after epoch 2 (0.400) and is 0.450 after "
+            "the last: later epochs did not help",
+        ),
+        (
+            (2.0, 0.5, 0.5),
+            "Validation loss was lowest after epoch 1 (0.500) and is 0.500 after "
+            "the last: later epochs did not help",
+        ),
+        (
+            (0.3, 0.5, 0.4),
+            "Validation loss was 0.300 before training, and is not lower after any "
+            "epoch (0.400 at best): training has not helped",
+        ),
+    ],
+)
+def test_what_validation_says_is_what_is_known(losses, says):
+    assert training.what_validation_says(_validation(*losses)).startswith(says)
+
+
+def test_the_time_left_is_that_of_the_recent_steps_and_the_validations_to_come(
+    prepared, monkeypatch
+):
+    """A first validation and a first step that compile take ten minutes; then a step takes 20
+    seconds, a validation 5."""
+    clock, said = [0.0], []
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+    watch = prepared().watch
+    watch.panel = SimpleNamespace(live=lambda history, status: said.append(status))
+    state = SimpleNamespace(global_step=0, max_steps=20, num_train_epochs=2, log_history=[])
+    watch.on_train_begin()
+
+    def log(**entry):
+        state.log_history.append(entry)
+        watch.on_log(None, state, None)
+
+    def step(seconds):
+        watch.on_step_begin()
+        clock[0] += seconds
+        state.global_step += 1
+        watch.on_step_end()
+        log(loss=1.0)
+
+    clock[0] += 300
+    log(eval_runtime=300.0)
+    step(300)
+    assert said == ["step 1 of 20, 0.01 rows/s"]  # nothing is known of the steps to come
+    step(20)
+    assert said[-1].endswith(
+        " rows/s, 6.7 minutes left"
+    )  # 18 steps, and two validations of as many rows as a step
+    for _ in range(8):
+        step(20)
+    clock[0] += 5
+    log(eval_runtime=5.0)
+    assert said[-1].endswith(" rows/s, 3.4 minutes left")  # ten steps and a validation: 205 s
+    for _ in range(10):
+        step(20)
+    assert said[-1].endswith(" rows/s, 0.1 minutes left")
+    clock[0] += 5
+    log(eval_runtime=5.0)
+    assert said[-1].endswith(" rows/s, 0.0 minutes left")
+
+
+def test_the_panel_is_told_the_time_left_of_a_real_training(prepared):
+    trainer, said = prepared(), []
+    trainer.watch.panel = SimpleNamespace(live=lambda history, status: said.append(status))
+    trainer.train()
+    assert (
+        len(
+            [
+                text
+                for text in said
+                if re.search(r"^step [2-6] of 6, [\d.]+ rows/s, \d\.\d minutes left$", text)
+            ]
+        )
+        >= 5
+    )
+    assert sum("eval_runtime" in entry for entry in trainer.state.log_history) == 3
 
 
 def test_the_history_holds_what_the_notebooks_plot(trained):

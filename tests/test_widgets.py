@@ -15,7 +15,16 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from qlora_helpers import LABELS, ErrorExplorer, FilePanel, HeadlinePanel, LossPanel, Workspace, review_table
+from qlora_helpers import (
+    LABELS,
+    ErrorExplorer,
+    FilePanel,
+    HeadlinePanel,
+    LossPanel,
+    Workspace,
+    label_probabilities,
+    review_table,
+)
 
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
 SCRIPT = "Profit & <script>alert(1)</script> <img src=x onerror=alert(1)> \"loss\" 3 < 5"
@@ -92,10 +101,11 @@ def test_the_base_model_beside_it_and_the_words_on_request(panel, classifier):
     np.testing.assert_allclose(panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6)
     panel.base_model.value, panel.words.value = False, True
     effects = classifier.word_effects(EXAMPLES[0])
-    assert re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+)</small>", panel.answer.value) == [
-        (word, f"{100 * effect:+.0f}") for word, effect in zip(effects.word, effects.effect, strict=True)]
+    assert re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+\.\d)</small>", panel.answer.value) == [
+        (word, f"{effect:+.1f}") for word, effect in zip(effects.word, effects.effect, strict=True)]
+    assert "natural logarithm of its odds" in panel.answer.value  # the unit
     panel.text.value = "word " * 60 + "\n"
-    assert panel.answer.value.count("<small>") == 40 and "of the first 40 words" in panel.answer.value
+    assert panel.answer.value.count("<small>") == 40 and "The first 40 words." in panel.answer.value
     panel.text.value = "alone\n"
     assert panel.probabilities is not None and "nothing to leave out" in panel.answer.value
 
@@ -128,10 +138,31 @@ def test_hostile_text_is_shown_and_never_run(panel, text):
     assert len((panel.answer.value + panel.history.value).encode()) < 60_000
 
 
-def test_markup_is_shown_as_text(panel):
-    panel.text.value = SCRIPT
-    panel.button.click()
-    assert "Profit &amp; alert(1) &quot;loss&quot; 3 &lt; 5" in panel.answer.value
+@pytest.mark.parametrize(
+    "text",
+    [
+        SCRIPT,
+        "order #4521; refund",
+        "John <john@x.com>",
+        "List<String>",
+        "?id=1&section=2",
+        r"C:\Users",
+    ],
+)
+def test_a_text_is_shown_and_classified_as_it_was_typed(panel, classifier, text):
+    panel.text.value = text + "\n"
+    assert (
+        f"<bdi>{html.escape(text)}</bdi>" in panel.answer.value
+        and f"<bdi>{html.escape(text)}</bdi>" in panel.history.value
+    )
+    expected = label_probabilities(
+        classifier.model,
+        classifier.tokenizer,
+        [text],
+        classifier.config,
+        temperature=classifier.temperature,
+    )
+    np.testing.assert_allclose(panel.probabilities, expected[0], atol=1e-5)
 
 
 def test_a_failure_is_told_in_the_panel(failing):

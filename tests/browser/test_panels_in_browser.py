@@ -136,7 +136,7 @@ def test_with_the_keyboard_alone(page, expected, request):
     page.said(r"tuned model\s+" + lines(answers) + r"\s+base model\s+" + lines(base))
     page.tab_to("which words mattered")
     page.press(page.keys.SPACE)
-    page.said("Which words spoke for .*" + r"\s+".join(re.escape(f"{word} {100 * effect:+.0f}")
+    page.said("Which words spoke for .*" + r"\s+".join(re.escape(f"{word} {effect:+.1f}")
                                                       for word, effect in zip(effects.word, effects.effect, strict=True)))
     picture(request, page.one("main, body"), "panel.png")
     page.tab_to(example)
