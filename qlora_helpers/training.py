@@ -86,6 +86,12 @@ class _Watch(TrainerCallback):
                             f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
                             + self._left(state) + memory)
 
+    def step_rows_per_second(self) -> float | None:
+        """Return the rows a second of the median step; None before the second step, since the first compiles."""
+        if len(self.steps) < 2:
+            return None
+        return round(self.trainer.config.effective_batch_size / float(np.median(self.steps[1:])), 2)
+
     def _left(self, state) -> str:
         """The time of the steps and validations to come, by recent steps and the last validation.
         The first of each compile; a row validates no slower than it trains."""
@@ -142,10 +148,12 @@ class LabelTrainer(ResumableTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Score the validation rows as `label_probabilities` does: loss, accuracy and macro-F1, logged as the Trainer's own are."""
+        start = time.perf_counter()
         found = label_probabilities(self.model, self._tokenizer, self._validation.text, self.config)
         labels = self._validation.label.to_numpy()
         metrics = {"loss": float(-np.log(found[range(len(labels)), labels]).mean())}
         metrics |= scores(found.argmax(axis=1).tolist(), labels.tolist(), self.config.labels)
+        metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._probabilities = found.round(6).tolist()
         self.log(metrics)
@@ -299,7 +307,8 @@ class LabelTrainer(ResumableTrainer):
             print(f"{why} What it wrote is kept in {earlier.relative_to(workspace.path)}.")
 
     def history(self, seconds: float) -> dict:
-        """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed,
+        """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed
+        (`rows_per_second` with validation and checkpoints, `step_rows_per_second` without),
         plan, label words, and `best_probabilities`: (validation rows, labels) at the best epoch."""
         log = self.state.log_history
         validation = [{name: e[name] for name in ("step", "epoch", "seconds")} | {name: e[f"eval_{name}"] for name in
@@ -310,6 +319,7 @@ class LabelTrainer(ResumableTrainer):
             "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"] if len(validation) > 1 else None,
             "seconds": round(seconds, 1),
             "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
+            "step_rows_per_second": self.watch.step_rows_per_second(),
             "skipped_steps": self.watch.skipped_steps,
             "peak_gib": self.peak_gib(),
             "plan": vars(self.plan),

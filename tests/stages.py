@@ -114,7 +114,7 @@ def result(folder: Path) -> dict:
     for part in ("train", "validation"):
         for entry in history[part]:
             del entry["seconds"]
-    del history["seconds"], history["rows_per_second"]
+    del history["seconds"], history["rows_per_second"], history["step_rows_per_second"]
     names = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "predictions.parquet", "subset/train.parquet"]
     return {"history": history} | {name: (folder / name).read_bytes() for name in names}
 
