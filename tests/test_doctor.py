@@ -77,7 +77,7 @@ class _Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         answer = self.server.holds.get(self.path.partition("?")[0], (404, {"X-Error-Code": "RepoNotFound"}, {}))
         if answer is None:
-            self.server.ended.wait()
+            self.server.ended.wait(300)
             return
         status, headers, content = answer
         self.server.tokens.append(self.headers.get("Authorization"))

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pandas as pd
@@ -61,6 +62,7 @@ for line in sys.stdin:
 # the seconds that a reader waits for a list, for a byte, and within the hub's own library
 PATIENT = (300, 300, 300)  # what is answered is in time, on a busy machine too
 NO_ANSWER, NO_BYTE = (1, 300, 1), (300, 3, 1)  # for a hub that never sends them
+HANGING = 400  # seconds after which a reader is killed
 
 
 class Reader:
@@ -80,12 +82,18 @@ class Reader:
         """What each of `names` gave, with `settings` of huggingface_hub for this call alone."""
         self.process.stdin.write(json.dumps([names, patience, settings]) + "\n")
         self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("answers "):
-                answers = dict(zip(names, json.loads(line.removeprefix("answers ")), strict=True))
-                print(*(f"{name}: {answer}" for name, answer in answers.items()), sep="\n")
-                return answers
-        raise AssertionError(Path(self.log.name).read_text())
+        guard = threading.Timer(HANGING, self.process.kill)
+        guard.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("answers "):
+                    found = json.loads(line.removeprefix("answers "))
+                    answers = dict(zip(names, found, strict=True))
+                    print(*(f"{name}: {answer}" for name, answer in answers.items()), sep="\n")
+                    return answers
+        finally:
+            guard.cancel()
+        raise AssertionError(f"it gave no answer, or none in {HANGING} s: {self.stderr()}")
 
     def stderr(self) -> str:
         return Path(self.log.name).read_text()
