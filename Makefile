@@ -1,5 +1,7 @@
-# make run: the five notebooks, one after the other.   make app: 05's panels as a page.   make test: everything that can be checked without
-# a GPU.   make test-colab: the same with Colab's versions.
+# make run: the five notebooks, one after the other.   make app: 05's panels as a page.
+# make test: everything that can be checked without a GPU, in at most 12 minutes on two cores.
+# make test-quick: the part that needs no real model, in at most 3.
+# make test-colab: the same as make test, with Colab's versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +16,9 @@ run: $(READY)
 
 test: $(READY) $(BROWSER)
 	$(BIN)/python -m pytest
+
+test-quick: $(READY)  ## all but the notebooks, and the tests that need the small model's weights
+	$(BIN)/python -m pytest tests -m "not real_model and not slow"
 
 app: $(VENV)/.app  ## 05's panels as a page, for this machine alone: http://localhost:8866 (or PORT=...)
 	$(BIN)/voila notebooks/app.py --Voila.ip=127.0.0.1 --port=$(PORT) --VoilaConfiguration.extension_language_mapping=.py=python
@@ -64,7 +69,7 @@ $(COLAB)/.ready: requirements.txt constraints-colab.txt pyproject.toml Makefile
 	$(COLAB)/bin/python -c 'from qlora_helpers.modeling import embedded_checkpoint; embedded_checkpoint()'
 	touch $@
 
-.PHONY: run app test pictures test-slow test-colab notebooks lint clean repository
+.PHONY: run app test test-quick pictures test-slow test-colab notebooks lint clean repository
 
 repository:  ## URL=https://github.com/account/name: the repository's address in every badge and install cell
 	@$(PYTHON) notebooks/set_repository.py "$$URL"

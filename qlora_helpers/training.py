@@ -317,7 +317,7 @@ class LabelTrainer(ResumableTrainer):
             "train": [{k: e[k] for k in ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")} for e in log if "loss" in e],
             "validation": validation,  # its first entry is before training
             "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"] if len(validation) > 1 else None,
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds, 2),  # as in the log: never less than there
             "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
             "step_rows_per_second": self.watch.step_rows_per_second(),
             "skipped_steps": self.watch.skipped_steps,

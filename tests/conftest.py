@@ -1,5 +1,6 @@
 """What the unit tests share: an environment without settings, the cpu profile, the embedded model and a tiny one."""
 
+import gc
 import json
 import os
 import shutil
@@ -9,12 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.modeling import attach_lora, load_base_model, load_tokenizer, save_adapter
 from qlora_helpers.workspace import Workspace, write_text
+
+# the embedded model in memory; and runs that the notebooks made with it
+REAL_MODEL = {"base", "notebook_workspace", "run_folder"}
+THREADS = torch.get_num_threads()
+torch.set_num_threads(1)  # see the fixture `threads`
 
 
 class NotebookRules:
@@ -40,6 +46,28 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     shutil.rmtree(config.notebook_workspace, ignore_errors=True)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among the items
+def pytest_collection_modifyitems(items):
+    """Mark each cell of a notebook, and each test that asks for a fixture in REAL_MODEL."""
+    for item in items:
+        if item.path.suffix == ".ipynb" or REAL_MODEL & set(getattr(item, "fixturenames", ())):
+            item.add_marker("real_model")
+
+
+def pytest_collection_finish():
+    """Collections look only at what tests make: loading a model begins with one, which would else
+    take half a second for the packages that are imported."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread for tests with tiny models: tensors this small only wait for a second one, on a
+    busy machine for long."""
+    torch.set_num_threads(THREADS if request.node.get_closest_marker("real_model") else 1)
 
 
 @pytest.fixture(scope="session")
@@ -72,16 +100,20 @@ def workspace(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def base():
-    """The embedded model in NF4, and its tokenizer. Tests that change the model copy it first."""
-    config = RunConfig(profile="cpu", **PROFILES["cpu"])
-    return load_base_model(config), load_tokenizer(config)
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The embedded model's tokenizer, without the model."""
+    return load_tokenizer(RunConfig(profile="cpu", **PROFILES["cpu"]))
 
 
 @pytest.fixture(scope="session")
-def tiny(base, tmp_path_factory) -> str:
+def base(tokenizer):
+    """The embedded model in NF4, and its tokenizer. Tests that change the model copy it first."""
+    return load_base_model(RunConfig(profile="cpu", **PROFILES["cpu"])), tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer, tmp_path_factory) -> str:
     """The folder of a random two-layer Llama that has the embedded model's tokenizer."""
-    _, tokenizer = base
     set_seed(0)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -93,7 +125,7 @@ def tiny(base, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def tuned(base, tiny, tmp_path_factory) -> Workspace:
+def tuned(tiny, tmp_path_factory) -> Workspace:
     """The workspace of a finished run: the tiny model with a random adapter that is felt, and a temperature."""
     workspace = Workspace(tmp_path_factory.mktemp("tuned"))
     run = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": tiny, "max_length": 64})

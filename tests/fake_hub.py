@@ -51,7 +51,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0].removeprefix("/")
         self.server.requests.append(f"{self.command} {path}")
         if self.server.status == 0:  # taken, and never answered
-            self.server.ended.wait(60)
+            self.server.ended.wait()
             return None
         if self.server.status != 200:
             headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"} if self.server.status == 403 else {}
@@ -86,7 +86,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(body[:len(body) // 2])
                 self.wfile.flush()
             if how == "stalls":
-                self.server.ended.wait(60)
+                self.server.ended.wait()
         else:
             self.wfile.write(body)
 

@@ -38,7 +38,7 @@ def tokenizer_file(request):
     file = folder / "mistral_common" / "data" / "tokenizer.model.v1"
     if not file.is_file():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", folder, MISTRAL_COMMON]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         if done.returncode:
             pytest.skip(f"{MISTRAL_COMMON} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
     return file
@@ -158,6 +158,7 @@ def test_the_doctor_knows_the_download(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("qlora_helpers.reach.HUB_SECONDS", 300)
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     hub.repositories["account/mistral"] = files | {"consolidated.safetensors": b"x" * 10**6, "pytorch_model.bin": b"x" * 10**6}
     found, _ = reach(dataclasses.replace(_config(checkpoint), base_model="account/mistral"))

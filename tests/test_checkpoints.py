@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,8 @@ from qlora_helpers import LossPanel, Workspace, checkpoints, colab, training
 from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.errors import ModelError, QLoraError, TrainingStopped, WorkspaceError
 from qlora_helpers.files import sealed, sha256, unsealed
+
+HANGING = 300  # seconds after which a test that waits for an event fails
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def _finish(prepared, workspace) -> dict:
     return stages.result(workspace)
 
 
-@pytest.mark.parametrize("step", [1, 7, 11])
+@pytest.mark.parametrize("step", [1, 7])
 def test_an_interrupt_inside_an_accumulation_loses_nothing(prepared, workspace, uninterrupted, step):
     run, trainer = prepared()
     stages.stop_at(trainer, step)
@@ -70,8 +71,7 @@ def test_an_interrupt_inside_an_accumulation_loses_nothing(prepared, workspace, 
     assert not (workspace / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 6), (signal.SIGTERM, 4)])
 def test_a_signal_ends_training_after_the_step_with_a_checkpoint(prepared, workspace, uninterrupted, number, step):
     run, trainer = prepared()
     handlers, done = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)], trainer.training_step
@@ -120,8 +120,9 @@ def test_time_spent_before_is_counted_and_skipped_steps_too(prepared):
         trainer.fit(run)
     run, trainer = prepared()
     history = trainer.fit(run)
-    seconds = [entry["seconds"] for entry in history["train"]]
-    assert len(seconds) == 12 and seconds == sorted(seconds) and seconds[0] > 1000 and history["seconds"] >= seconds[-1]
+    seconds = [entry["seconds"] for entry in history["train"]] + [history["seconds"]]
+    # the clock starts again at step 6: without the time before, its seconds would be few
+    assert len(seconds) == 13 and seconds == sorted(seconds) and seconds[0] >= 1000
     assert history["skipped_steps"] == 3
 
 
@@ -140,21 +141,24 @@ def test_a_cut_that_memory_now_allows_does_not_change_the_rest(prepared, workspa
     assert stages.result(workspace) == uninterrupted
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"learning_rate": 0.02}, "learning_rate was 0.01 and is now 0.02"), ({"lora_r": 8}, "LoraConfig.r was 4 and is now 8; lora_r was 4"),
-    ({"seed": 7}, "seed was 42 and is now 7"), ({"num_epochs": 3}, "num_epochs was 2 and is now 3")])
-def test_other_settings_refuse_to_go_on_and_say_which(prepared, workspace, tiny, settings, said):
+def test_other_settings_refuse_to_go_on_and_say_which(prepared, workspace, tiny):
     run, trainer = prepared()
     stages.stop_at(trainer, 3)
     with pytest.raises(TrainingStopped):
         trainer.fit(run)
-    stages.set_up(stages.tiny_config(tiny, **settings))
-    stages.draw()
-    run, trainer = prepared()
-    with pytest.raises(WorkspaceError, match=rf"checkpoint-3 is of an unfinished training with other settings: .*{said}.*delete .*/chec"):
-        trainer.fit(run)
+    for settings, said in (
+            ({"learning_rate": 0.02}, "learning_rate was 0.01 and is now 0.02"),
+            ({"lora_r": 8}, "LoraConfig.r was 4 and is now 8; lora_r was 4"),
+            ({"seed": 7}, "seed was 42 and is now 7"),
+            ({"num_epochs": 3}, "num_epochs was 2 and is now 3")):
+        stages.set_up(stages.tiny_config(tiny, **settings))
+        stages.draw()
+        run, trainer = prepared()
+        with pytest.raises(WorkspaceError, match="checkpoint-3 is of an unfinished training with "
+                                                 rf"other settings: .*{said}.*delete .*/chec"):
+            trainer.fit(run)
     shutil.rmtree(workspace / "checkpoints")  # the remedy
-    assert len(trainer.fit(run)["train"]) == 6 * trainer.config.num_epochs
+    assert len(trainer.fit(run)["train"]) == 6 * 3
 
 
 def test_other_rows_refuse_to_go_on(prepared):
@@ -300,11 +304,40 @@ def prepared_on_disk(small_disk, tiny):
     return run, stages.trainer_for(run, config)
 
 
+class SlowDrive:
+    """A folder in which every third opening for writing, flushing or renaming fails, and in which
+    one hangs, the next after `hang`, until `release`."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.writes, self.failed, self.lock = folder, 0, 0, threading.Lock()
+        self.hangs, self.released = threading.Event(), threading.Event()
+        self.to_hang = self.gave_up = False
+
+    def hang(self) -> None:
+        self.to_hang = True
+
+    def release(self) -> None:
+        assert not self.gave_up, "the call that hangs was waited for"
+        self.released.set()
+
+    def call(self, real, *args, **kwargs):
+        with self.lock:
+            self.writes += 1
+            fails = self.writes % 3 == 0
+            self.failed += fails
+            hangs, self.to_hang = self.to_hang, False
+        if hangs:
+            self.hangs.set()
+            self.gave_up = not self.released.wait(HANGING)
+        if fails:
+            raise OSError(5, "Input/output error")
+        return real(*args, **kwargs)
+
+
 @pytest.fixture
 def drive(tmp_path, monkeypatch):
-    """A folder in which every third opening for writing, flushing or renaming fails, and one hangs; and its counts."""
-    folder, counts = tmp_path / "drive" / "MyDrive", {"writes": 0, "failed": 0, "hung": 0}
-    folder.mkdir(parents=True)
+    drive = SlowDrive(tmp_path / "drive" / "MyDrive")
+    drive.folder.mkdir(parents=True)
     monkeypatch.setattr(colab, "CONTENT", tmp_path)
     monkeypatch.setattr(checkpoints.tempfile, "gettempdir", lambda: str(tmp_path / "local"))
 
@@ -312,50 +345,44 @@ def drive(tmp_path, monkeypatch):
         real = getattr(module, name)
 
         def call(*args, **kwargs):
-            if str(path_of(*args, **kwargs)).startswith(str(folder)):
-                counts["writes"] += 1
-                if counts["writes"] == counts.get("hang_at"):
-                    counts["hung"] += 1
-                    time.sleep(counts["seconds"])
-                if counts["writes"] % 3 == 0:
-                    counts["failed"] += 1
-                    raise OSError(5, "Input/output error")
-            return real(*args, **kwargs)
+            there = str(path_of(*args, **kwargs)).startswith(str(drive.folder))
+            return drive.call(real, *args, **kwargs) if there else real(*args, **kwargs)
         monkeypatch.setattr(module, name, call)
     flaky(os, "replace", lambda source, target: target)
     flaky(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
     flaky(builtins, "open", lambda path, mode="r", *args, **kwargs: path if "w" in mode else "")
-    monkeypatch.setenv("QLORA_WORKSPACE", str(folder / "run"))
-    return folder, counts
+    monkeypatch.setenv("QLORA_WORKSPACE", str(drive.folder / "run"))
+    return drive
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(3, id="3"), pytest.param(20, id="20", marks=pytest.mark.slow)])
-def test_a_slow_and_flaky_drive_does_not_hold_up_training(drive, tiny, uninterrupted, seconds):
-    folder, counts = drive
+def test_a_slow_and_flaky_drive_does_not_hold_up_training(drive, tiny, uninterrupted):
+    """A copy to the folder hangs from step 4 on, and does not end before step 9 is done."""
     stages.set_up(stages.tiny_config(tiny))
     stages.draw()
     run, config = stages.open_workspace("02_data_subset")
-    trainer, steps = stages.trainer_for(run, config, checkpoint_steps=1), []
+    trainer, before = stages.trainer_for(run, config, checkpoint_steps=1), drive.failed
     on_step_end = trainer.watch.on_step_end
 
     def watch(args, state, control, **kwargs):
         on_step_end(args, state, control, **kwargs)
-        steps.append(time.perf_counter())
-        if len(steps) == 2:
-            counts["hang_at"], counts["seconds"] = counts["writes"] + 2, seconds
-        if len(steps) == 9:
+        if state.global_step == 3:
+            drive.hang()
+        if state.global_step == 4:  # the checkpoint of step 3 is there: it is copied, or one before
+            assert drive.hangs.wait(HANGING), "nothing is copied"
+        if state.global_step == 9:
+            drive.release()
             raise KeyboardInterrupt
     trainer.watch.on_step_end = watch
     with pytest.raises(TrainingStopped):
         trainer.fit(run)
-    assert max(late - early for early, late in zip(steps, steps[1:], strict=False)) < 1.5
-    assert max(int(name[11:]) for name in _names(folder / "run" / "checkpoints") if name[11:].isdigit()) == 8
-    assert counts["failed"] > 10 and counts["hung"] == 1
+    assert trainer.checkpoints.copied(HANGING)
+    assert max(int(name[11:]) for name in _names(run / "checkpoints") if name[11:].isdigit()) == 8
+    assert drive.failed > before
     shutil.rmtree(trainer.checkpoints.folder)  # the machine is gone, the Drive is not
     stages.train()
     stages.evaluate()
-    assert stages.result(folder / "run") == uninterrupted
-    assert not (folder / "run" / "checkpoints").exists() and not trainer.checkpoints.folder.exists()
+    assert stages.result(run.path) == uninterrupted
+    assert not (run / "checkpoints").exists() and not trainer.checkpoints.folder.exists()
 
 
 def test_two_notebooks_in_one_workspace(prepared, workspace):
@@ -364,9 +391,10 @@ def test_two_notebooks_in_one_workspace(prepared, workspace):
     with run.hold("03_qlora_training"):
         said = (workspace / ".lock").read_text()
     assert said.startswith(f"03_qlora_training, process {os.getpid()}, since ")
-    code = ("import fcntl, sys, time\nfile = open(sys.argv[1])\nfcntl.flock(file, fcntl.LOCK_EX)\nprint('held', flush=True)\n"
-            "time.sleep(60)")
-    other = subprocess.Popen([sys.executable, "-c", code, str(workspace / ".lock")], stdout=subprocess.PIPE, text=True)
+    code = ("import fcntl, sys\nfile = open(sys.argv[1])\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+            "print('held', flush=True)\nsys.stdin.read()")  # until it is killed
+    other = subprocess.Popen([sys.executable, "-c", code, str(workspace / ".lock")],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "held\n"
         before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*")}

@@ -52,8 +52,9 @@ def test_as_04_scores_them_but_for_the_temperature(classifier):
 
 
 def test_the_notebooks_predictions_again(notebook_workspace):
-    test = pd.read_parquet(notebook_workspace / "subset" / "test.parquet")
-    rows = pd.read_parquet(notebook_workspace / "predictions.parquet")
+    """Of a few rows: in batches other than 04's."""
+    test = pd.read_parquet(notebook_workspace / "subset" / "test.parquet").head(12)
+    rows = pd.read_parquet(notebook_workspace / "predictions.parquet").head(12)
     classifier = HeadlineClassifier.from_workspace(notebook_workspace)
     expected = with_temperature(rows[[f"tuned model: P({label})" for label in LABELS]].to_numpy(), classifier.temperature)
     np.testing.assert_allclose(values(classifier(test.text)), expected, atol=1e-4)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,6 @@ def expected(classifier, text: str) -> dict:
             "probabilities": {label: pytest.approx(row[f"P({label})"], abs=1e-4) for label in LABELS}}
 
 
-def run(*arguments: str, stdin: bytes | None = None, **environment: str) -> subprocess.CompletedProcess:
-    source = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
-    return subprocess.run([sys.executable, "-m", "qlora_helpers", *arguments], capture_output=True, cwd=ROOT, timeout=300,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)} | environment, **source)
-
-
 @pytest.fixture
 def piped(monkeypatch, capsys):
     """main() with `data` on standard input: exit code, lines of stdout, stderr."""
@@ -40,12 +35,25 @@ def piped(monkeypatch, capsys):
     return call
 
 
-def test_headlines_as_arguments_in_a_process_of_its_own(tuned, classifier):
-    done = run("classify", "--workspace", str(tuned.path), *TEXTS, "", LANG="C", PYTHONIOENCODING="ascii")
-    assert (done.returncode, done.stderr) == (0, b"")
-    *found, empty = [json.loads(line) for line in done.stdout.decode().splitlines()]
-    assert found == [expected(classifier, text) for text in TEXTS]
+def test_in_a_process_of_its_own_whose_reader_stops_early(tuned, classifier):
+    """In a bare shell's encoding. `head` ends after the first lines; thousands are left, which the
+    pipe cannot hold."""
+    lines = "\n".join([*TEXTS, "", *["Rain stops play"] * 3000])
+    command = [sys.executable, "-m", "qlora_helpers", "classify", "--workspace", str(tuned.path)]
+    shell = ["bash", "-c", '"$@" | head -n 4; echo ${PIPESTATUS[0]}', "bash"]
+    environment = {"PYTHONPATH": str(ROOT), "LANG": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([*shell, *command], input=lines.encode(), capture_output=True, cwd=ROOT,
+                          timeout=600, env=os.environ | environment)
+    assert done.stderr == b""
+    *found, empty, code = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert found == [expected(classifier, text) for text in TEXTS] and code == 0
     assert empty == {"text": "", "label": None, "confidence": None, "probabilities": None}
+
+
+def test_headlines_as_arguments(tuned, classifier, capsys):
+    assert main(["classify", "--workspace", str(tuned.path), *TEXTS]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert found == [expected(classifier, text) for text in TEXTS]
 
 
 def test_lines_of_standard_input_one_for_one(piped, tuned, classifier):
@@ -99,15 +107,14 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(capsys, arguments, message
     assert message in err and err.count("\n") == 1
 
 
-def test_an_error_in_a_process_of_its_own(tmp_path):
-    done = run("classify", "Rain", QLORA_WORKSPACE=str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.decode() == (f"python -m qlora_helpers: {tmp_path} holds nothing from 01_setup yet. "
-                                    "Run notebooks/01_setup.ipynb first.\n")
-
-
-def test_a_reader_that_stops_early_is_no_error(tuned):
-    command = f"yes 'Rain stops play' | head -n 3000 | {sys.executable} -m qlora_helpers classify --workspace {tuned.path} | head -n 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, cwd=ROOT, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert json.loads(done.stdout)["text"] == "Rain stops play"
-    assert done.stderr == b""
+def test_an_error_ends_the_module_with_its_exit_code(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["qlora_helpers", "classify", "Rain"])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setenv("QLORA_WORKSPACE", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "qlora_helpers.__main__")  # as `python -m` finds it
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("qlora_helpers", run_name="__main__")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"python -m qlora_helpers: {tmp_path} holds nothing from 01_setup yet. "
+        "Run notebooks/01_setup.ipynb first.\n")

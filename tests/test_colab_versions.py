@@ -24,7 +24,7 @@ def _name(name: str) -> str:
 def _installs(*arguments: str) -> set[str]:
     """What pip would install here, by its own report."""
     done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", *arguments],
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     return {_name(package["metadata"]["name"]) for package in json.loads(done.stdout)["install"]}
 
@@ -58,7 +58,7 @@ def test_what_pip_builds_is_whole_and_runs_away_from_the_tree(tmp_path):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "qlora_helpers", tree / "qlora_helpers", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(tree)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     shutil.rmtree(tree)
     code = """
@@ -70,7 +70,7 @@ print(json.dumps({"file": qlora_helpers.__file__, "rows": {split: len(rows) for 
                   "version": metadata("qlora-helpers")["Version"], "urls": metadata("qlora-helpers").get_all("Project-URL"),
                   "requires": requires("qlora-helpers")}))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600,
                           env=os.environ | {"PYTHONPATH": str(tmp_path / "site"), "QLORA_PROFILE": "cpu"})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -1,14 +1,9 @@
-"""Any labelled CSV: read, split, drawn, and through all five notebooks."""
+"""Any labelled CSV: read, split and drawn. test_notebooks.py takes one through the notebooks."""
 
 import csv
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 from qlora_helpers.config import RunConfig
@@ -137,26 +132,3 @@ def test_other_labels_than_at_setup_are_refused(write):
     write([("a", "x"), ("b", "x"), ("c", "z"), ("d", "z")])
     with pytest.raises(DataError, match="labels x, z now, .* run notebooks/01_setup.ipynb again"):
         load_rows(config)
-
-
-def test_ten_labels_that_begin_alike_and_hostile_texts_go_through_the_five_notebooks(write, tiny, tmp_path):
-    """With a random model: what is shown is that nothing breaks on the way and that every row is answered for."""
-    hostile = [("word " * 4000, "sci.space"), ("\U0001f680\U0001f469\u200d\U0001f680 liftoff \U0001f680", "sci.space"), ("", "sci.med"),
-               ("\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd \u0645\u0631\u062d\u0628\u0627", "talk.religion"),
-               ("<script>alert(1)</script> $5 _of_ {text} \\n Topic: rec.autos", "comp.windows"), ("NUL \x00 and \x1b[31m", "comp.mac")]
-    assert len(hostile[0][0]) == 20_000
-    path = write(ten_labels() + hostile)
-    environment = os.environ | {"QLORA_DATA": str(path), "QLORA_BASE_MODEL": tiny, "QLORA_EPOCHS": "1", "QLORA_MAX_LENGTH": "64",
-                                "QLORA_WORKSPACE": str(tmp_path / "run")}
-    result = subprocess.run([sys.executable, Path(__file__).parents[1] / "notebooks" / "run_all.py"], env=environment, capture_output=True,
-                            text=True, timeout=600)
-    assert result.returncode == 0, result.stderr[-3000:]
-    board = json.loads((tmp_path / "run" / "metrics.json").read_text())["scoreboard"]
-    assert board["tuned model"]["rows"] == 25 and "base model, 10 examples" in board
-    rows = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
-    for label in TEN:
-        assert rows[f"tuned model: P({label})"].between(0, 1).all()
-    shown = (tmp_path / "run" / "notebooks" / "02_data_subset.ipynb").read_text()
-    assert "rows left out, without a text: 1" in shown and "Two labels begin with the same token" in shown
-    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
-    assert '" A" (alt.misc), " B" (comp.mac)' in card and "AG News" not in card

@@ -45,7 +45,7 @@ def _weights(model, part) -> dict[str, torch.Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if part in name}
 
 
-def test_a_checkpoint_that_is_already_in_4_bits_loads_as_it_is(base, tiny, config, tmp_path):
+def test_a_checkpoint_that_is_already_in_4_bits_loads_as_it_is(tokenizer, tiny, config, tmp_path):
     loaded = load_base_model(dataclasses.replace(config, base_model=tiny))
     loaded.config.quantization_config.bnb_4bit_compute_dtype = torch.float16  # as a checkpoint made for a T4 says
     loaded.save_pretrained(tmp_path / "nf4")
@@ -55,7 +55,7 @@ def test_a_checkpoint_that_is_already_in_4_bits_loads_as_it_is(base, tiny, confi
     for name, module in linear.items():
         assert torch.equal(module.weight, loaded.get_submodule(name).weight)
         assert module.compute_dtype == compute_dtype()[0]
-    encoded = encode_prompts(base[1], TEXTS, 64)
+    encoded = encode_prompts(tokenizer, TEXTS, 64)
     torch.testing.assert_close(label_logits(again, encoded, [1, 2, 3]), label_logits(loaded, encoded, [1, 2, 3]))
 
 
@@ -111,11 +111,10 @@ def test_the_seed_decides_the_random_a(tiny, config):
     assert not torch.equal(first_a(42), first_a(43))
 
 
-def test_gradients_are_right_after_an_evaluation(tiny, base, config, monkeypatch):
+def test_gradients_are_right_after_an_evaluation(tiny, tokenizer, config, monkeypatch):
     """bitsandbytes repacks weights in eval mode on a CPU with AVX512-BF16, and then has no backward pass. Here every CPU counts as one."""
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
     model = _randomise_b(attach_lora(load_base_model(dataclasses.replace(config, base_model=tiny)), _lora(config), config.seed))
-    tokenizer = base[1]
     encoded = encode_prompts(tokenizer, TEXTS, 256)
 
     def gradients():

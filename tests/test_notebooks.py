@@ -1,22 +1,29 @@
 """The notebooks: what their run by nbval left in the workspace, what is committed, and how run_all.py fails."""
 
 import ast
+import csv
 import hashlib
 import json
-import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import stages
+from IPython.core.interactiveshell import InteractiveShell
+from test_csv_rows import TEN, ten_labels
+from traitlets.config import Config
 
 from qlora_helpers import LABELS, reliability, with_temperature
+from qlora_helpers.errors import WorkspaceError
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -36,9 +43,22 @@ def code_cells(path: Path) -> list:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def run_all(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "notebooks" / "run_all.py", *arguments], env=os.environ | environment,
-                          capture_output=True, text=True, timeout=300, cwd=ROOT)
+@pytest.fixture
+def run_all(monkeypatch, capsys):
+    """A function that runs run_all.py as a program, in this process: what it prints to stdout, and
+    what it ends with on stderr (None at success)."""
+    def run(*arguments: str, **environment: str) -> tuple[str, str | None]:
+        monkeypatch.setattr(sys, "argv", ["run_all.py", *arguments])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        try:
+            runpy.run_path(str(ROOT / "notebooks" / "run_all.py"), run_name="__main__")
+        except SystemExit as ended:  # Python writes a text to stderr, and the exit code is 1
+            assert isinstance(ended.code, str)
+            return capsys.readouterr().out, ended.code
+        return capsys.readouterr().out, None
+    monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # as it sets it, for this test alone
+    return run
 
 
 # What the run left
@@ -87,48 +107,120 @@ def test_history_shows_learning(notebook_workspace):
     assert np.isfinite([entry["loss"] for entry in history["train"]]).all()
 
 
-@pytest.mark.parametrize(("name", "missing"), [("04_evaluation", "03_qlora_training"), ("05_inference", "03_qlora_training"),
-                                               ("03_qlora_training", "02_data_subset"), ("02_data_subset", "01_setup")])
-def test_a_notebook_before_its_turn_names_the_one_to_run(notebook_workspace, tmp_path, name, missing):
-    """In a workspace where every notebook before `missing` ran; it stops in its first cell that does anything."""
-    workspace, folder = tmp_path / "workspace", tmp_path / "notebooks"
-    shutil.copytree(notebook_workspace, workspace, ignore=shutil.ignore_patterns("checkpoints", "notebooks"))
-    for later in NAMES[NAMES.index(missing):]:
-        (workspace / "manifests" / f"{later}.json").unlink(missing_ok=True)
-    folder.mkdir()
-    shutil.copy(ROOT / "notebooks" / f"{name}.ipynb", folder)
-    result = run_all("--folder", str(folder), QLORA_WORKSPACE=str(workspace))
-    assert result.returncode == 1
-    assert f"{name}.ipynb, cell 2 of" in result.stderr
-    assert f"WorkspaceError: workspace holds nothing from {missing} yet. Run notebooks/{missing}.ipynb first." in result.stderr
+@pytest.fixture
+def run_cells(tmp_path):
+    """A function that runs a notebook's code cells until one fails, in an IPython in this process.
+    A kernel would import everything again. It returns what the last cell raised, and its number."""
+    def run(path: Path) -> tuple[Exception | None, int]:
+        shell = InteractiveShell.instance(
+            user_module=ModuleType("notebook"), ipython_dir=str(tmp_path / "ipython"),
+            config=Config({"HistoryManager": {"enabled": False}}))
+        try:
+            for number, cell in enumerate(code_cells(path), 1):
+                result = shell.run_cell(cell.source)
+                if error := result.error_before_exec or result.error_in_exec:
+                    return error, number
+            return None, number
+        finally:
+            InteractiveShell.clear_instance()
+    return run
 
 
-# How run_all.py fails
+# Out of their turn, and on rows of the reader's own
 
 
-def test_a_failing_cell_stops_the_run_and_is_named(tmp_path):
+@pytest.mark.parametrize(("name", "missing"), [
+    ("04_evaluation", "03_qlora_training"), ("05_inference", "03_qlora_training"),
+    ("03_qlora_training", "02_data_subset"), ("02_data_subset", "01_setup")])
+def test_a_notebook_before_its_turn_names_the_one_to_run(run_cells, workspace, name, missing):
+    """In a workspace where every notebook before `missing` ran, its first cell that does anything
+    stops."""
+    steps = {"01_setup": lambda: stages.set_up(stages.tiny_config("SmolLM2-135M-Instruct")),
+             "02_data_subset": stages.draw}
+    for earlier in NAMES[:NAMES.index(missing)]:
+        steps[earlier]()
+    error, cell = run_cells(ROOT / "notebooks" / f"{name}.ipynb")
+    assert isinstance(error, WorkspaceError) and cell == 2
+    assert f"holds nothing from {missing} yet. Run notebooks/{missing}.ipynb first." in str(error)
+
+
+def test_ten_labels_that_begin_alike_and_hostile_texts_go_through_the_five_notebooks(
+        run_cells, tiny, workspace, tmp_path, monkeypatch, capsys):
+    """With a random model: what is shown is that nothing breaks on the way and that every row is
+    answered for."""
+    hostile = [("word " * 4000, "sci.space"), ("", "sci.med"),
+               ("\U0001f680\U0001f469\u200d\U0001f680 liftoff \U0001f680", "sci.space"),
+               ("\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd \u0645\u0631\u062d\u0628\u0627", "talk.religion"),
+               ("<script>alert(1)</script> $5 _of_ {text} \\n Topic: rec.autos", "comp.windows"),
+               ("NUL \x00 and \x1b[31m", "comp.mac")]
+    assert len(hostile[0][0]) == 20_000
+    with open(tmp_path / "rows.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("text", "label"), *ten_labels(), *hostile])
+    settings = {"DATA": str(tmp_path / "rows.csv"), "BASE_MODEL": tiny, "EPOCHS": "1",
+                "MAX_LENGTH": "64"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"QLORA_{name}", value)
+    said = {}
+    for path in PATHS:
+        error, cell = run_cells(path)
+        said[path.stem] = capsys.readouterr().out
+        assert error is None, f"{path.name}, cell {cell}: {said[path.stem][-3000:]}"
+    board = json.loads((workspace / "metrics.json").read_text())["scoreboard"]
+    assert board["tuned model"]["rows"] == 25 and "base model, 10 examples" in board
+    rows = pd.read_parquet(workspace / "predictions.parquet")
+    for label in TEN:
+        assert rows[f"tuned model: P({label})"].between(0, 1).all()
+    assert "rows left out, without a text: 1" in said["02_data_subset"]
+    assert "Two labels begin with the same token" in said["02_data_subset"]
+    card = (workspace / "adapter" / "README.md").read_text()
+    assert '" A" (alt.misc), " B" (comp.mac)' in card and "AG News" not in card
+
+
+# run_all.py
+
+
+def test_run_all_keeps_the_executed_notebooks_and_prints_the_scoreboard(run_all, tmp_path):
+    board = {"tuned model": {"accuracy": 0.75, "macro_f1": 0.5, "p_value": None,
+                             "rows_per_second": 1234.5}}
+    source = (f"import json, os\nwith open(os.environ['QLORA_WORKSPACE'] + '/metrics.json', 'w') as f:\n"
+              f"    json.dump({{'scoreboard': {board}}}, f)")
+    for name, cell in (("01_first", "print('ran')"), ("02_last", source)):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    before = (tmp_path / "01_first.ipynb").read_bytes()
+    for arguments in ([], ["--in-place"]):
+        assert (tmp_path / "01_first.ipynb").read_bytes() == before
+        printed, error = run_all("--folder", str(tmp_path), *arguments,
+                                 QLORA_WORKSPACE=str(tmp_path / "workspace"))
+        assert error is None
+        assert "2/2 cells" in printed and "1,234.5" in printed
+        assert printed.splitlines()[-1] == "accuracy=0.7500 macro_f1=0.5000"
+        kept = tmp_path / "workspace" / "notebooks" / "01_first.ipynb"
+        assert [cell.outputs[0].text for cell in code_cells(kept)] == ["ran\n"]
+    assert code_cells(tmp_path / "01_first.ipynb") == code_cells(kept)
+
+
+def test_a_failing_cell_stops_the_run_and_is_named(run_all, tmp_path):
     cells = [nbformat.v4.new_markdown_cell("# Broken"), nbformat.v4.new_code_cell("print('ran')"), nbformat.v4.new_code_cell("1 / 0"),
              nbformat.v4.new_code_cell("print('must not run')")]
     for name in ["01_broken", "02_never"]:
         nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / f"{name}.ipynb")
-    result = run_all("--folder", str(tmp_path), QLORA_WORKSPACE=str(tmp_path / "workspace"))
-    assert result.returncode == 1
-    assert "01_broken.ipynb, cell 2 of 3 failed:" in result.stderr
-    assert "    1 / 0" in result.stderr
-    assert "ZeroDivisionError: division by zero" in result.stderr
-    assert "accuracy=" not in result.stdout
+    printed, error = run_all("--folder", str(tmp_path), QLORA_WORKSPACE=str(tmp_path / "workspace"))
+    assert "01_broken.ipynb, cell 2 of 3 failed:" in error
+    assert "    1 / 0" in error
+    assert "ZeroDivisionError: division by zero" in error
+    assert "accuracy=" not in printed
     kept = code_cells(tmp_path / "workspace" / "notebooks" / "01_broken.ipynb")
     assert [cell.execution_count for cell in kept] == [1, 2, None]
     assert not (tmp_path / "workspace" / "notebooks" / "02_never.ipynb").exists()
 
 
-def test_a_dead_kernel_is_named(tmp_path):
+def test_a_dead_kernel_is_named(run_all, tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_code_cell("import os; os._exit(9)")]),
                    tmp_path / "01_dies.ipynb")
-    result = run_all("--folder", str(tmp_path), QLORA_WORKSPACE=str(tmp_path / "workspace"))
-    assert result.returncode == 1
-    assert "01_dies.ipynb, cell 2 of 2 failed:" in result.stderr
-    assert "its kernel died" in result.stderr
+    _, error = run_all("--folder", str(tmp_path), QLORA_WORKSPACE=str(tmp_path / "workspace"))
+    assert "01_dies.ipynb, cell 2 of 2 failed:" in error
+    assert "its kernel died" in error
 
 
 @pytest.mark.parametrize(("variable", "value", "message"), [
@@ -136,11 +228,9 @@ def test_a_dead_kernel_is_named(tmp_path):
     ("QLORA_EPOCHS", "0", "ConfigError: num_epochs is 0: it must be at least 1."),
     ("QLORA_DATA", "no/such/folder", "which is not here. Give a folder that holds train.csv and test.csv"),
 ])
-def test_a_bad_setting_stops_before_any_kernel(tmp_path, variable, value, message):
-    result = run_all(**{"QLORA_WORKSPACE": str(tmp_path), variable: value})
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_bad_setting_stops_before_any_kernel(run_all, tmp_path, variable, value, message):
+    printed, error = run_all(**{"QLORA_WORKSPACE": str(tmp_path), variable: value})
+    assert message in error and printed == ""
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,11 +6,6 @@ from qlora_helpers.errors import ModelError
 from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids, label_words
 
 
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    return base[1]
-
-
 def test_the_labels_are_ag_news_classes_in_its_order():
     assert dict(enumerate(LABELS, start=1)) == {1: "World", 2: "Sports", 3: "Business", 4: "Sci/Tech"}
 

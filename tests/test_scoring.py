@@ -14,7 +14,7 @@ from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import ModelError
 from qlora_helpers.metrics import with_temperature
-from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_base_model
+from qlora_helpers.modeling import attach_lora, compute_dtype, load_base_model
 from qlora_helpers.packing import use_packed_attention
 from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids
 from qlora_helpers.scoring import label_logits, label_probabilities, length_batches
@@ -30,11 +30,17 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def exact(base):
-    """The embedded model in float32 and not quantised, so that it can be compared with itself to many digits."""
-    model = AutoModelForCausalLM.from_pretrained(embedded_checkpoint(), dtype=torch.float32).eval()
+def exact(tiny, tokenizer):
+    """The tiny model in float32 and not quantised: it is compared with itself to many digits."""
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
     use_packed_attention(model)
-    return model, base[1]
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tokenizer):
+    """The tiny model in NF4."""
+    return load_base_model(dataclasses.replace(CONFIG, base_model=tiny)), tokenizer
 
 
 @pytest.fixture
@@ -147,22 +153,22 @@ def test_what_rows_share_is_read_once_and_no_row_is_empty(exact, monkeypatch):
     assert label_probabilities(model, tokenizer, [], CONFIG, prefix=prefix).shape == (0, 4)
 
 
-def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(tiny, base, config):
+def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(tiny, tokenizer, config):
     run = dataclasses.replace(config, base_model=tiny)
-    expected = label_probabilities(load_base_model(run), base[1], TEXTS, CONFIG)
+    expected = label_probabilities(load_base_model(run), tokenizer, TEXTS, CONFIG)
     model = attach_lora(load_base_model(run), LoraConfig(target_modules="all-linear", lora_dropout=0.5), seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    assert abs(label_probabilities(model, base[1], TEXTS, CONFIG) - expected).max() > 0.1
+    assert abs(label_probabilities(model, tokenizer, TEXTS, CONFIG) - expected).max() > 0.1
     with model.disable_adapter():
-        np.testing.assert_allclose(label_probabilities(model, base[1], TEXTS, CONFIG), expected, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(label_probabilities(model, tokenizer, TEXTS, CONFIG), expected, atol=1e-6, rtol=0)
 
 
-def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(base, monkeypatch):
+def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(small, monkeypatch):
     texts = [f"{i} goals " * (1 + i % 5) for i in range(23)]
     short = dataclasses.replace(CONFIG, max_length=64)
-    expected, real, sizes = label_probabilities(*base, texts, short), scoring.label_logits, []
+    expected, real, sizes = label_probabilities(*small, texts, short), scoring.label_logits, []
 
     def limited(limit):
         def logits(model, rows, label_ids):
@@ -172,15 +178,15 @@ def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(base, mon
             return real(model, rows, label_ids)
         return logits
     monkeypatch.setattr(scoring, "label_logits", limited(6))
-    np.testing.assert_allclose(label_probabilities(*base, texts, short), expected, atol=1e-5)
+    np.testing.assert_allclose(label_probabilities(*small, texts, short), expected, atol=1e-5)
     assert sizes == [23, 11, 5, 6, 6, 6]
     monkeypatch.setattr(scoring, "label_logits", limited(0))
     with pytest.raises(ModelError, match="QLORA_MAX_LENGTH"):
-        label_probabilities(*base, texts, short)
+        label_probabilities(*small, texts, short)
 
 
-def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(base, small_batches, monkeypatch):
-    one_by_one = np.concatenate([label_probabilities(*base, [text], CONFIG) for text in TEXTS * 2])
+def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(small, small_batches, monkeypatch):
+    one_by_one = np.concatenate([label_probabilities(*small, [text], CONFIG) for text in TEXTS * 2])
     before, seen = torch.get_num_threads(), set()
 
     def watched(*args):
@@ -194,9 +200,9 @@ def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(base
     torch.set_num_threads(2)
     try:
         counted = []
-        found = label_probabilities(*base, TEXTS * 2, CONFIG, progress=counted.append)
+        found = label_probabilities(*small, TEXTS * 2, CONFIG, progress=counted.append)
         with pytest.raises(KeyboardInterrupt):
-            label_probabilities(*base, TEXTS * 2, CONFIG, progress=stop)
+            label_probabilities(*small, TEXTS * 2, CONFIG, progress=stop)
         assert torch.get_num_threads() == 2 and torch.is_grad_enabled()
     finally:
         torch.set_num_threads(before)
@@ -204,25 +210,25 @@ def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(base
     np.testing.assert_allclose(found, one_by_one, atol=1e-5 if compute_dtype()[0] == torch.float32 else 2e-2)
 
 
-def test_a_temperature_divides_the_logits(base):
-    once = label_probabilities(*base, TEXTS, CONFIG)
-    np.testing.assert_allclose(label_probabilities(*base, TEXTS, CONFIG, temperature=2.5), with_temperature(once, 2.5), atol=1e-12)
+def test_a_temperature_divides_the_logits(small):
+    once = label_probabilities(*small, TEXTS, CONFIG)
+    np.testing.assert_allclose(label_probabilities(*small, TEXTS, CONFIG, temperature=2.5), with_temperature(once, 2.5), atol=1e-12)
 
 
-def test_no_text_gives_no_row(base):
-    assert label_probabilities(*base, [], CONFIG).shape == (0, 4)
+def test_no_text_gives_no_row(small):
+    assert label_probabilities(*small, [], CONFIG).shape == (0, 4)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_was(tiny, base, config, training):
+def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_was(tiny, tokenizer, config, training):
     lora = LoraConfig(target_modules="all-linear", lora_dropout=0.5)
     model = attach_lora(load_base_model(dataclasses.replace(config, base_model=tiny)), lora, seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    expected = label_probabilities(model.eval(), base[1], TEXTS, CONFIG)
+    expected = label_probabilities(model.eval(), tokenizer, TEXTS, CONFIG)
     model.train(training)
-    np.testing.assert_array_equal(label_probabilities(model, base[1], TEXTS, CONFIG), expected)
+    np.testing.assert_array_equal(label_probabilities(model, tokenizer, TEXTS, CONFIG), expected)
     assert {module.training for module in model.modules()} == {training}
 
 
@@ -234,8 +240,8 @@ def test_length_batches():
     assert length_batches([], 12) == []
 
 
-def test_length_batches_take_each_real_row_once_within_the_budget(base, config):
-    encoded = encode_prompts(base[1], load_rows(config)["test"].raw.tolist(), 256)
+def test_length_batches_take_each_real_row_once_within_the_budget(tokenizer, config):
+    encoded = encode_prompts(tokenizer, load_rows(config)["test"].raw.tolist(), 256)
     batches = length_batches(encoded, 512)
     assert sorted(i for batch in batches for i in batch) == list(range(80))
     assert max(sum(len(encoded[i]) for i in batch) for batch in batches) <= 512

@@ -33,7 +33,7 @@ SUBSET = {"train": _table(19), "validation": _table(8, start=100)}
 
 
 @pytest.fixture
-def prepared(tiny, base, config, tmp_path):
+def prepared(tiny, tokenizer, config, tmp_path):
     """The tiny model's trainer, before its first step."""
     def prepare(micro_batch_size=4, subset=SUBSET, **settings) -> LabelTrainer:
         choices = {"base_model": tiny, "effective_batch_size": 8, "num_epochs": 2, "learning_rate": 0.01, "lora_dropout": 0.3}
@@ -41,7 +41,7 @@ def prepared(tiny, base, config, tmp_path):
         lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=run.lora_dropout, target_modules="all-linear", task_type="CAUSAL_LM")
         model = attach_lora(load_base_model(run), lora, run.seed)
         plan = BatchPlan(micro_batch_size, run.effective_batch_size // micro_batch_size, 10**9, None, "as the test says")
-        return LabelTrainer(model, base[1], subset, run, plan, tmp_path / "checkpoints")
+        return LabelTrainer(model, tokenizer, subset, run, plan, tmp_path / "checkpoints")
     return prepare
 
 
@@ -118,11 +118,11 @@ def test_the_best_epoch_is_kept(trained):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_the_validation_loss_is_that_of_the_scored_labels(trained, base):
+def test_the_validation_loss_is_that_of_the_scored_labels(trained, tokenizer):
     """Training and evaluation agree on the prompt, on the label tokens and on their order."""
     trainer, history, _ = trained(num_epochs=1)
     validation = SUBSET["validation"]
-    probabilities = torch.tensor(label_probabilities(trainer.model, base[1], validation.text.tolist(), CONFIG))
+    probabilities = torch.tensor(label_probabilities(trainer.model, tokenizer, validation.text.tolist(), CONFIG))
     expected = torch.nn.functional.nll_loss(probabilities.log(), torch.tensor(validation.label)).item()
     tolerance = 1e-4 if compute_dtype()[0] == torch.float32 else 0.03
     assert history["validation"][-1]["loss"] == pytest.approx(expected, abs=tolerance)
@@ -248,7 +248,7 @@ def test_the_history_holds_what_the_notebooks_plot(trained):
     assert {p.dtype for p in trainable} == {torch.float32}
 
 
-def test_fit_writes_the_adapter_and_the_history_once(prepared, base, workspace, capsys):
+def test_fit_writes_the_adapter_and_the_history_once(prepared, tokenizer, workspace, capsys):
     run, trainer = Workspace(workspace), prepared(num_epochs=1)
     write_text(run / "subset" / "rows", "as drawn")
     run.publish("02_data_subset", trainer.config, ["subset"])
@@ -260,8 +260,8 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, base, workspace, 
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/qlora_config.json", "training.json"]
     texts = SUBSET["validation"].text.tolist()
     loaded = load_adapter(load_base_model(trainer.config), run / "adapter")
-    expected = label_probabilities(trainer.model, base[1], texts, CONFIG)
-    np.testing.assert_array_equal(label_probabilities(loaded, base[1], texts, CONFIG), expected)
+    expected = label_probabilities(trainer.model, tokenizer, texts, CONFIG)
+    np.testing.assert_array_equal(label_probabilities(loaded, tokenizer, texts, CONFIG), expected)
 
     again = prepared(num_epochs=1)
     assert again.fit(run) == history

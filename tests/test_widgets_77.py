@@ -16,7 +16,7 @@ def environment(request) -> dict[str, str]:
     folder = request.config.cache.mkdir("ipywidgets-7.7.1")
     if not (folder / "ipython_genutils").is_dir():
         done = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", folder, *NEEDED],
-                              capture_output=True, text=True, timeout=120)
+                              capture_output=True, text=True, timeout=600)
         if done.returncode:
             pytest.skip(f"{' and '.join(NEEDED)} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

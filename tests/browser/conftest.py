@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 60  # for a server to start, a page to load with a model, a file to be classified
+SECONDS = 300  # at most, for a server to start, a page to load with a model, a file to be classified
 
 
 @pytest.fixture(scope="session")

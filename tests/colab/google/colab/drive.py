@@ -19,7 +19,7 @@ def mount(mountpoint, force_remount=False, timeout_ms=120000, readonly=False):
     if behaviour == "unsupported":
         raise NotImplementedError("google.colab.drive is unsupported in this environment.")
     if behaviour == "hangs":  # the dialog stays open: timeout_ms is not for it
-        time.sleep(3600)
+        time.sleep(300)
     os.makedirs(mountpoint)
     if behaviour != "empty":
         os.symlink(os.environ["FAKE_DRIVE_FOLDER"], os.path.join(mountpoint, "MyDrive"))

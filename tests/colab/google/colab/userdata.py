@@ -29,5 +29,5 @@ def get(key):
     if behaviour.startswith("is "):
         return behaviour[3:]
     if behaviour == "hangs":
-        time.sleep(3600)
+        time.sleep(300)
     raise {"missing": SecretNotFoundError, "forbidden": NotebookAccessError, "late": TimeoutException}[behaviour](key)
