@@ -13,6 +13,7 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
@@ -123,6 +124,7 @@ def run_cells(tmp_path):
             return None, number
         finally:
             InteractiveShell.clear_instance()
+            plt.close("all")  # a kernel's end would
     return run
 
 
