@@ -344,10 +344,10 @@ def test_a_compiler_that_fails_costs_one_line_and_changes_no_loss(trained, monke
     assert len(calls) == 1  # nothing is tried again
 
 
-def test_an_adapter_that_was_not_kept_is_told_from_rounding(trained, base):
+def test_an_adapter_that_was_not_kept_is_told_from_rounding(trained, tokenizer):
     """03's last check: of another seed, with a layer left out, scaled by 0.9; and twenty other batch compositions."""
     trainer, history, _ = trained(num_epochs=3)
-    model, tokenizer = trainer.model, base[1]
+    model = trainer.model
     texts, dtype = SUBSET["validation"].text.tolist(), compute_dtype()[0]
     kept = history["best_probabilities"]
 
