@@ -127,6 +127,7 @@ def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
         Path(made, "README.md").unlink(missing_ok=True)  # PEFT's is a form to fill in; 04 writes the model card
         Path(made, SETTINGS).write_text(settings_json(config), encoding="utf-8")
         copy_folder(Path(made), folder)
+        _check_weights(model, folder, "written")
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -135,17 +136,17 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     check_adapter(model, Path(folder))
     with _peft():
         loaded = _checked(PeftModel.from_pretrained(model, folder)).eval()
-    _check_loaded(loaded, Path(folder))
+    _check_weights(loaded, Path(folder), "loaded")
     return loaded
 
 
-def _check_loaded(model: PeftModel, folder: Path) -> None:
-    """Raise ModelError unless each weight of the adapter in `folder` is in `model`: PEFT only warns of one that it did not load."""
+def _check_weights(model: PeftModel, folder: Path, done: str) -> None:
+    """Raise ModelError unless `model` and the adapter in `folder` hold the same weights: PEFT only warns of one that it did not load."""
     parameters = {name.replace(".default.weight", ".weight"): p for name, p in model.named_parameters() if "lora_" in name}
     weights = load_file(folder / WEIGHTS)
     for name in weights.keys() | parameters.keys():
         if name not in weights or name not in parameters or not torch.equal(parameters[name].cpu(), weights[name].float()):
-            raise ModelError(f"the adapter in {folder} was not loaded whole: {name} differs. Run notebooks/03_qlora_training.ipynb again.")
+            raise ModelError(f"the adapter in {folder} was not {done} whole: {name} differs. Run notebooks/03_qlora_training.ipynb again.")
 
 
 @contextlib.contextmanager

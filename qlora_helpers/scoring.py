@@ -17,8 +17,9 @@ from qlora_helpers.errors import ModelError
 from qlora_helpers.packing import pack, use_packed_attention
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 
-# The mean change of a probability that rounding explains. A float16 model of Mistral-7B's shape showed up to 1.0e-3 where the same 400 rows
-# were put into batches of 3 to 400 rows, and a float32 one 6e-7; bfloat16 has eight times float16's rounding.
+# The mean change of a probability that rounding explains; the largest may be ten times that. With the same 400 rows in batches of 3 to 400
+# rows, a float16 model of Mistral-7B's shape showed a mean of up to 1.0e-3 and at most 1.1e-2, and a float32 one 6e-7 and 2.6e-6; bfloat16
+# has eight times float16's rounding. An adapter scaled by 0.9 showed a mean of 2.3e-2, one with a layer left out at least 6.8e-3.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # enough to fill the kernels, small enough for a T4
 
@@ -108,13 +109,14 @@ def check_same_adapter(found: np.ndarray, kept: Sequence[Sequence[float]], dtype
         A sentence with the mean and the largest change of a probability.
 
     Raises:
-        ModelError: if the mean change is above what rounding does, ROUNDING[dtype].
+        ModelError: if the mean change is above ROUNDING[dtype], or the largest above ten times that.
     """
     change = abs(np.asarray(found) - np.asarray(kept))
     said = f"mean change of a probability {change.mean():.1e}, largest {change.max():.1e}"
-    if not change.mean() <= ROUNDING[dtype]:
-        raise ModelError(f"the adapter on disk is not the one that training kept: {said}, where rounding explains a mean of "
-                         f"{ROUNDING[dtype]:.0e}. Delete the adapter's folder and run this notebook again.")
+    most = ROUNDING[dtype]
+    if not (change.mean() <= most and change.max() <= 10 * most):
+        raise ModelError(f"the adapter on disk is not the one that training kept: {said}, where rounding explains a mean of {most:.0e} "
+                         f"and {10 * most:.0e} at most. Delete the adapter's folder and run this notebook again.")
     return said
 
 
