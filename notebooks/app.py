@@ -11,7 +11,12 @@ try:
 except QLoraError as error:  # Voila would show that something failed, and not what
     display(HTML(f"<h2>Not ready</h2><p>{escape(str(error))}</p>"))
 else:
-    display(HTML(f"<h2>Type a headline</h2><p>Its label, by {escape(classifier.config.base_model)} and this run's adapter: one of "
-                 f"{escape(', '.join(classifier.labels))}.</p>"),
-            HeadlinePanel(classifier, EXAMPLES if classifier.labels == LABELS else ()),
-            HTML("<h2>Or a file</h2>"), FilePanel(classifier))
+    display(
+        HTML(
+            f"<h2>Type a headline</h2><p>Its label, by {escape(classifier.config.base_model)} and this run's adapter: one of "
+            f"{escape(', '.join(classifier.labels))}.</p>"
+        ),
+        HeadlinePanel(classifier, EXAMPLES if classifier.labels == LABELS else ()),
+        HTML("<h2>Or a file</h2>"),
+        FilePanel(classifier),
+    )

@@ -24,7 +24,9 @@ _REMEDY = "Take the whole folder that notebooks/03_qlora_training.ipynb writes, 
 
 def settings_json(config: RunConfig) -> str:
     """What `adapter_config.json`, which names the base model, leaves open: labels, tokens of a prompt, and the prompt."""
-    return json.dumps({"labels": config.labels, "max_length": config.max_length, "prompt": TEMPLATE}, indent=1)
+    return json.dumps(
+        {"labels": config.labels, "max_length": config.max_length, "prompt": TEMPLATE}, indent=1
+    )
 
 
 def read_settings(folder: Path) -> RunConfig:
@@ -34,12 +36,23 @@ def read_settings(folder: Path) -> RunConfig:
     profile = default_profile()
     try:
         if saved["prompt"] != TEMPLATE:
-            raise ModelError(f"the adapter in {folder} was trained with the prompt {saved['prompt']!r}, and this version of qlora_helpers "
-                             f"asks {TEMPLATE!r}: use the version that trained it, or train again.")
-        return RunConfig(profile=profile, **PROFILES[profile] | {
-            "base_model": adapter["base_model_name_or_path"], "labels": tuple(saved["labels"]), "max_length": saved["max_length"]})
+            raise ModelError(
+                f"the adapter in {folder} was trained with the prompt {saved['prompt']!r}, and this version of qlora_helpers "
+                f"asks {TEMPLATE!r}: use the version that trained it, or train again."
+            )
+        return RunConfig(
+            profile=profile,
+            **PROFILES[profile]
+            | {
+                "base_model": adapter["base_model_name_or_path"],
+                "labels": tuple(saved["labels"]),
+                "max_length": saved["max_length"],
+            },
+        )
     except (KeyError, TypeError) as error:
-        raise ModelError(f"{folder / SETTINGS} or its adapter_config.json does not hold what it should ({error!r}). {_REMEDY}") from error
+        raise ModelError(
+            f"{folder / SETTINGS} or its adapter_config.json does not hold what it should ({error!r}). {_REMEDY}"
+        ) from error
 
 
 def read_temperature(folder: Path) -> float:
@@ -48,8 +61,12 @@ def read_temperature(folder: Path) -> float:
     if not path.exists():
         return 1.0
     temperature = _read_json(path).get("temperature")
-    if type(temperature) not in (int, float) or not (math.isfinite(temperature) and temperature > 0):
-        raise ModelError(f"{path} says temperature {temperature!r}, not a positive number. Run notebooks/04_evaluation.ipynb again.")
+    if type(temperature) not in (int, float) or not (
+        math.isfinite(temperature) and temperature > 0
+    ):
+        raise ModelError(
+            f"{path} says temperature {temperature!r}, not a positive number. Run notebooks/04_evaluation.ipynb again."
+        )
     return float(temperature)
 
 
@@ -60,9 +77,18 @@ def find_adapter(source: str | os.PathLike) -> Path:
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name[0] in "./~" or name[-1] == "/":
-        raise ModelError(f"there is no adapter folder {name!r} here, and a name on the hub would be account/name.")
-    return fetch(name, "model", _adapter_files, ModelError, f"An adapter holds {SETTINGS}, adapter_config.json and {WEIGHTS}, as "
-                 "notebooks/03_qlora_training.ipynb writes them.", newest=True)
+        raise ModelError(
+            f"there is no adapter folder {name!r} here, and a name on the hub would be account/name."
+        )
+    return fetch(
+        name,
+        "model",
+        _adapter_files,
+        ModelError,
+        f"An adapter holds {SETTINGS}, adapter_config.json and {WEIGHTS}, as "
+        "notebooks/03_qlora_training.ipynb writes them.",
+        newest=True,
+    )
 
 
 def _adapter_files(names: Iterable[str]) -> list[str]:
@@ -77,10 +103,15 @@ def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:
     file cannot be written."""
     _, config = open_workspace("03_qlora_training", path=workspace.path)
     folder, path = workspace / "adapter", Path(path)
-    weights = {name: tensor.to(torch.float16).contiguous() for name, tensor in load_file(folder / WEIGHTS).items()}
+    weights = {
+        name: tensor.to(torch.float16).contiguous()
+        for name, tensor in load_file(folder / WEIGHTS).items()
+    }
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
-            raise ModelError(f"{name} of {folder} holds values that float16 cannot: train again with a lower QLORA_LEARNING_RATE.")
+            raise ModelError(
+                f"{name} of {folder} holds values that float16 cannot: train again with a lower QLORA_LEARNING_RATE."
+            )
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(WEIGHTS, save(weights, {"format": "pt"}))
@@ -96,7 +127,9 @@ def _read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{path} is missing: the adapter cannot be used without it. {_REMEDY}") from None
+        raise ModelError(
+            f"{path} is missing: the adapter cannot be used without it. {_REMEDY}"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}). {_REMEDY}") from error
     if not isinstance(found, dict):

@@ -38,18 +38,32 @@ class BatchPlan:
         return max(0, layers - self.kept_activations // tokens)
 
 
-def plan_batches(model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig) -> BatchPlan:
+def plan_batches(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig
+) -> BatchPlan:
     """The largest micro-batch, and then as few checkpointed layers, as let the longest of `texts` train in the free memory.
     On a GPU found by running such a step, on a CPU by what one row keeps. Raises ModelError if a single row does not fit."""
-    return plan_encoded(model, encode_prompts(tokenizer, texts, config.max_length), label_token_ids(tokenizer, config.labels),
-                        config.effective_batch_size)
+    return plan_encoded(
+        model,
+        encode_prompts(tokenizer, texts, config.max_length),
+        label_token_ids(tokenizer, config.labels),
+        config.effective_batch_size,
+    )
 
 
-def plan_encoded(model: PeftModel, encoded: list[list[int]], label_ids: list[int], effective_batch_size: int) -> BatchPlan:
+def plan_encoded(
+    model: PeftModel, encoded: list[list[int]], label_ids: list[int], effective_batch_size: int
+) -> BatchPlan:
     """`plan_batches` for prompts that are already token ids."""
     encoded = sorted(encoded, key=len)[-effective_batch_size:]
-    sizes = [size for size in range(effective_batch_size, 0, -1) if effective_batch_size % size == 0]
-    probe, limit = (_probe_gpu, free_gpu_bytes()) if model.device.type == "cuda" else (_probe_cpu, psutil.virtual_memory().available)
+    sizes = [
+        size for size in range(effective_batch_size, 0, -1) if effective_batch_size % size == 0
+    ]
+    probe, limit = (
+        (_probe_gpu, free_gpu_bytes())
+        if model.device.type == "cuda"
+        else (_probe_cpu, psutil.virtual_memory().available)
+    )
     layers, limit = len(decoder_layers(model)), _SHARE * limit
     for size in sizes:
         rows = encoded[-size:]
@@ -59,17 +73,27 @@ def plan_encoded(model: PeftModel, encoded: list[list[int]], label_ids: list[int
             continue
         few = max(1, layers // 8)
         more = probe(model, rows, label_ids, few)
-        kept = 0 if more is None else layers if more <= least else min(layers, int((limit - least) / (more - least) * few))
+        kept = (
+            0
+            if more is None
+            else layers
+            if more <= least
+            else min(layers, int((limit - least) / (more - least) * few))
+        )
         while kept and ((peak := probe(model, rows, label_ids, kept)) is None or peak > limit):
             kept -= max(1, kept // 8)
         peak = peak if kept else least
         # a batch of shorter rows has room for the activations of more layers
         room = layers * tokens if kept == layers else kept * tokens
-        reason = (f"the {size} longest rows ({tokens:,} tokens) train in {peak / 2**30:.1f} of the {limit / 2**30:.1f} GiB to use, with "
-                  f"{layers - kept} of {layers} layers checkpointed")
+        reason = (
+            f"the {size} longest rows ({tokens:,} tokens) train in {peak / 2**30:.1f} of the {limit / 2**30:.1f} GiB to use, with "
+            f"{layers - kept} of {layers} layers checkpointed"
+        )
         return BatchPlan(size, effective_batch_size // size, room, round(peak / 2**30, 2), reason)
-    raise ModelError(f"not even one row of {len(encoded[-1])} tokens trains within {limit / 2**30:.1f} GiB: set QLORA_MAX_LENGTH lower, "
-                     "or restart the runtime if an earlier model still holds the memory.")
+    raise ModelError(
+        f"not even one row of {len(encoded[-1])} tokens trains within {limit / 2**30:.1f} GiB: set QLORA_MAX_LENGTH lower, "
+        "or restart the runtime if an earlier model still holds the memory."
+    )
 
 
 def decoder_layers(model: PeftModel) -> torch.nn.ModuleList:
@@ -88,7 +112,9 @@ def checkpoint_layers(model: PeftModel, count: int) -> None:
 def free_gpu_bytes() -> float:
     """What this process may use of the GPU memory, in bytes: free, or reserved by it already."""
     free, total = torch.cuda.mem_get_info()
-    return min(free + torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction())
+    return min(
+        free + torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction()
+    )
 
 
 def _probe_gpu(model, rows, label_ids, kept_layers) -> int | None:
@@ -117,10 +143,15 @@ def _probe_cpu(model, rows, label_ids, kept_layers) -> int:
     def note(tensor):
         sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
+
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         label_logits(model, rows[-1:], label_ids)
     frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = sum(size for pointer, size in sizes.items() if pointer not in frozen) * sum(map(len, rows)) / len(rows[-1])
+    kept = (
+        sum(size for pointer, size in sizes.items() if pointer not in frozen)
+        * sum(map(len, rows))
+        / len(rows[-1])
+    )
     return int(kept * (0.5 + kept_layers / len(decoder_layers(model))))
 
 
@@ -131,5 +162,7 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # of glibc alone, which else keeps what it may need again
+    with contextlib.suppress(
+        OSError, AttributeError
+    ):  # of glibc alone, which else keeps what it may need again
         ctypes.CDLL(None).malloc_trim(0)

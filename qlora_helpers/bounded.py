@@ -15,6 +15,7 @@ def start(function: Callable) -> Future:
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
+
     threading.Thread(target=run, daemon=True).start()
     return future
 

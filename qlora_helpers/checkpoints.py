@@ -16,7 +16,18 @@ from pathlib import Path
 from qlora_helpers.colab import on_drive
 from qlora_helpers.drive_copy import within_drives_time
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import FAILURES, copy_folder, put_in_place, read_file, reason, sealed, sha256, unsealed, write_text, writing
+from qlora_helpers.files import (
+    FAILURES,
+    copy_folder,
+    put_in_place,
+    read_file,
+    reason,
+    sealed,
+    sha256,
+    unsealed,
+    write_text,
+    writing,
+)
 
 _FAR = ("fuse", "nfs", "cifs", "smb")  # file systems that may be slow, or away for a while
 KEPT = 2  # the one before, for a disk that does not keep what it was given
@@ -33,7 +44,10 @@ class Checkpoints:
         self.identity, self.kept = json.loads(json.dumps(identity)), folder
         self.folder, self.copies = folder, None
         if _is_far(folder):
-            self.folder = Path(tempfile.gettempdir()) / f"qlora_checkpoints_{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+            self.folder = (
+                Path(tempfile.gettempdir())
+                / f"qlora_checkpoints_{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+            )
             self.copies = _Copies(folder)
         self.step = None  # of the newest one written
 
@@ -41,9 +55,15 @@ class Checkpoints:
         """The newest complete checkpoint and its manifest; None without one. Each torn one is skipped with a line that says so.
         Raises WorkspaceError if it is of a training with other settings, which it names."""
         folders = dict.fromkeys((self.folder, self.kept))
-        for path in [path for folder in folders for path in _inside(folder) if path.name.endswith(".partial")]:
+        for path in [
+            path for folder in folders for path in _inside(folder) if path.name.endswith(".partial")
+        ]:
             print(f"{path} was not finished when the run that wrote it ended: skipped.")
-        found = [(number, path.parent == self.folder, path) for folder in folders for number, path in _numbered(folder)]
+        found = [
+            (number, path.parent == self.folder, path)
+            for folder in folders
+            for number, path in _numbered(folder)
+        ]
         for step, _, path in sorted(found, reverse=True):
             try:
                 manifest = _checked(path)
@@ -54,7 +74,14 @@ class Checkpoints:
                     _checked(path)
             except WorkspaceError:
                 raise
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            except (
+                OSError,
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
                 print(f"{path} is not complete ({reason(error)}): skipped.")
                 continue
             self.step = step
@@ -71,15 +98,22 @@ class Checkpoints:
             beside.mkdir(parents=True)
             fill(beside)
             files = {part.name: sha256(part) for part in sorted(beside.iterdir())}
-            manifest = {"identity": self.identity, "step": step, "files": files, **facts,
-                        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+            manifest = {
+                "identity": self.identity,
+                "step": step,
+                "files": files,
+                **facts,
+                "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
             write_text(beside / "manifest.json", sealed(manifest))
             put_in_place(beside, path)
         except (*FAILURES, WorkspaceError) as error:
             shutil.rmtree(beside, ignore_errors=True)
             last = "none before it" if self.step is None else f"the one of step {self.step} is kept"
-            print(f"The checkpoint of step {step} cannot be written ({reason(error.__cause__ or error)}); {last}. Training goes on; "
-                  f"meanwhile free some space, or see what is wrong, in {self.folder.parent}.")
+            print(
+                f"The checkpoint of step {step} cannot be written ({reason(error.__cause__ or error)}); {last}. Training goes on; "
+                f"meanwhile free some space, or see what is wrong, in {self.folder.parent}."
+            )
             return False
         self.step = step
         _prune(self.folder, step)
@@ -98,8 +132,10 @@ class Checkpoints:
             except WorkspaceError as error:
                 if not on_drive(folder):
                     raise
-                print(f"Google Drive takes no checkpoints ({reason(error.__cause__ or error)}): they stay on this machine, in "
-                      f"{self.folder}, and go when its runtime does.")
+                print(
+                    f"Google Drive takes no checkpoints ({reason(error.__cause__ or error)}): they stay on this machine, in "
+                    f"{self.folder}, and go when its runtime does."
+                )
 
     def copied(self, seconds: float) -> bool:
         """True if the newest checkpoint is where it is to be kept, after waiting for it at most so long."""
@@ -117,12 +153,19 @@ class Checkpoints:
         if found == self.identity:
             return
         old, new = found["settings"], self.identity["settings"]
-        fields = "; ".join(f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
-                           for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name))
-        folders = " and ".join(str(folder) for folder in dict.fromkeys((self.folder, self.kept)) if folder.exists())
-        raise WorkspaceError(f"{path} is of an unfinished training with other {'settings' if fields else 'data'}: "
-                             f"{fields or 'the rows of subset/ have changed since'}. Set them back, from notebooks/01_setup.ipynb on, "
-                             f"and it goes on; to train with the new ones, delete {folders}.")
+        fields = "; ".join(
+            f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
+            for name in sorted(old.keys() | new.keys())
+            if old.get(name) != new.get(name)
+        )
+        folders = " and ".join(
+            str(folder) for folder in dict.fromkeys((self.folder, self.kept)) if folder.exists()
+        )
+        raise WorkspaceError(
+            f"{path} is of an unfinished training with other {'settings' if fields else 'data'}: "
+            f"{fields or 'the rows of subset/ have changed since'}. Set them back, from notebooks/01_setup.ipynb on, "
+            f"and it goes on; to train with the new ones, delete {folders}."
+        )
 
 
 def _is_far(folder: Path) -> bool:
@@ -130,7 +173,11 @@ def _is_far(folder: Path) -> bool:
         return True
     with contextlib.suppress(OSError):
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-        found = [(len(where), kind) for _, where, kind, *_ in mounts if Path(os.path.realpath(folder)).is_relative_to(where)]
+        found = [
+            (len(where), kind)
+            for _, where, kind, *_ in mounts
+            if Path(os.path.realpath(folder)).is_relative_to(where)
+        ]
         return max(found)[1].startswith(_FAR) and "overlay" not in max(found)[1]
     return False
 
@@ -156,16 +203,24 @@ def _checked(path: Path) -> dict:
     for name, digest in manifest["files"].items():
         if sha256(path / name) != digest:
             raise ValueError(f"{name} is not what its manifest names")
-    if extra := {part.name for part in path.iterdir()} - manifest["files"].keys() - {"manifest.json"}:
+    if (
+        extra := {part.name for part in path.iterdir()}
+        - manifest["files"].keys()
+        - {"manifest.json"}
+    ):
         raise ValueError(f"its manifest does not name {min(extra)}")
     return manifest
 
 
 def _prune(folder: Path, step: int) -> None:
     """Keep the newest ones up to `step`: what has a higher number was torn, and what is partial was left by a run that ended."""
-    kept = sorted((number for number, _ in _numbered(folder) if number <= step), reverse=True)[:KEPT]
+    kept = sorted((number for number, _ in _numbered(folder) if number <= step), reverse=True)[
+        :KEPT
+    ]
     for path in _inside(folder):
-        if path.name.startswith("checkpoint-") and path.name not in {f"checkpoint-{number}" for number in kept}:
+        if path.name.startswith("checkpoint-") and path.name not in {
+            f"checkpoint-{number}" for number in kept
+        }:
             shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):  # one that is a file
                 path.unlink()
@@ -210,5 +265,7 @@ class _Copies:
                 _prune(self.folder, int(path.name.partition("-")[2]))
             except (OSError, WorkspaceError) as error:
                 self._done = False
-                if self._next is None and not self._closed:  # else a newer one is there, and this one may be gone
+                if (
+                    self._next is None and not self._closed
+                ):  # else a newer one is there, and this one may be gone
                     print(f"{path.name} was not copied: {error} It is still in {path.parent}.")

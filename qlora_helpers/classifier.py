@@ -30,8 +30,19 @@ class HeadlineClassifier:
     `clean_text` before, as in 02. They are cut at `config.max_length` tokens. Logits are divided by
     `temperature`, which 04 fitted (1 without it)."""
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, config: RunConfig, temperature: float = 1.0):
-        self.model, self.tokenizer, self.config, self.temperature = model, tokenizer, config, temperature
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: RunConfig,
+        temperature: float = 1.0,
+    ):
+        self.model, self.tokenizer, self.config, self.temperature = (
+            model,
+            tokenizer,
+            config,
+            temperature,
+        )
         self.labels = config.labels
 
     @classmethod
@@ -40,7 +51,9 @@ class HeadlineClassifier:
         Raises what that raises, WorkspaceError if 04 ran for another adapter, and ModelError."""
         workspace, config = open_workspace("03_qlora_training", path=path)
         calibration = workspace.find_json("04_evaluation", "adapter/calibration.json")
-        return cls._load(workspace / "adapter", config, calibration["temperature"] if calibration else 1.0)
+        return cls._load(
+            workspace / "adapter", config, calibration["temperature"] if calibration else 1.0
+        )
 
     @classmethod
     def from_adapter(cls, source: str | os.PathLike) -> "HeadlineClassifier":
@@ -56,27 +69,51 @@ class HeadlineClassifier:
         except QLoraError:
             raise
         except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"the adapter in {folder} cannot be loaded ({str(error).strip().splitlines()[0][:200]}). Run "
-                             "notebooks/03_qlora_training.ipynb again, or copy the folder again from where it was made.") from error
+            raise ModelError(
+                f"the adapter in {folder} cannot be loaded ({str(error).strip().splitlines()[0][:200]}). Run "
+                "notebooks/03_qlora_training.ipynb again, or copy the folder again from where it was made."
+            ) from error
 
-    def __call__(self, texts: str | Sequence[str], progress: Callable[[int], object] | None = None) -> pd.DataFrame:
+    def __call__(
+        self, texts: str | Sequence[str], progress: Callable[[int], object] | None = None
+    ) -> pd.DataFrame:
         """A row for each text, in order: `label`, `confidence` (its probability), and `P(label)` for each label. All are missing for a
         text that is empty or only space and control characters, and for None and NaN; a Series'
         index is kept. A bar shows if it takes long, unless `progress` is given, which is called
         with the number of rows of each batch. Raises DataError for what is not text."""
         texts = [texts] if isinstance(texts, str) else texts
-        with tqdm(total=len(texts), unit="row", desc="classified", delay=3, mininterval=1, disable=progress is not None) as bar:
-            return self.table(self.probabilities(texts, progress or bar.update), texts.index if isinstance(texts, pd.Series) else None)
+        with tqdm(
+            total=len(texts),
+            unit="row",
+            desc="classified",
+            delay=3,
+            mininterval=1,
+            disable=progress is not None,
+        ) as bar:
+            return self.table(
+                self.probabilities(texts, progress or bar.update),
+                texts.index if isinstance(texts, pd.Series) else None,
+            )
 
     def table(self, probabilities: np.ndarray, index: pd.Index | None = None) -> pd.DataFrame:
         """`probabilities` as the table that a call returns."""
         empty = np.isnan(probabilities).any(axis=1)
         chosen = np.where(empty[:, None], 0, probabilities).argmax(axis=1)
-        label = [None if nothing else self.labels[i] for i, nothing in zip(chosen, empty, strict=True)]
-        return pd.DataFrame({"label": label, "confidence": probabilities.max(axis=1)}
-                            | {f"P({name})": probabilities[:, i] for i, name in enumerate(self.labels)}, index=index)
+        label = [
+            None if nothing else self.labels[i] for i, nothing in zip(chosen, empty, strict=True)
+        ]
+        return pd.DataFrame(
+            {"label": label, "confidence": probabilities.max(axis=1)}
+            | {f"P({name})": probabilities[:, i] for i, name in enumerate(self.labels)},
+            index=index,
+        )
 
-    def probabilities(self, texts: Sequence[str], progress: Callable[[int], object] | None = None, base_model: bool = False) -> np.ndarray:
+    def probabilities(
+        self,
+        texts: Sequence[str],
+        progress: Callable[[int], object] | None = None,
+        base_model: bool = False,
+    ) -> np.ndarray:
         """(texts, labels) float64 probabilities, in order; NaN for an empty text, as in a call.
         `base_model` asks the model without the adapter, and then without the temperature, which was
         fitted to the adapter. Raises DataError for what is not text."""
@@ -86,8 +123,14 @@ class HeadlineClassifier:
             for start in range(0, len(cleaned), _ROWS_AT_ONCE):
                 part = range(start, min(start + _ROWS_AT_ONCE, len(cleaned)))
                 rows = [i for i in part if cleaned[i]]
-                found[rows] = label_probabilities(self.model, self.tokenizer, [cleaned[i] for i in rows], self.config, progress,
-                                                  temperature=1.0 if base_model else self.temperature)
+                found[rows] = label_probabilities(
+                    self.model,
+                    self.tokenizer,
+                    [cleaned[i] for i in rows],
+                    self.config,
+                    progress,
+                    temperature=1.0 if base_model else self.temperature,
+                )
                 if progress and len(rows) < len(part):
                     progress(len(part) - len(rows))
         return found
@@ -100,9 +143,12 @@ class HeadlineClassifier:
         words = _clean(text, 0).split()
         if len(words) < 2:
             return pd.DataFrame({"word": [], "effect": []})
-        texts = [" ".join(words)] + [" ".join(words[:i] + words[i + 1:]) for i in range(min(len(words), MOST_WORDS))]
-        found = label_probabilities(self.model, self.tokenizer, texts, self.config,
-                                    temperature=self.temperature)
+        texts = [" ".join(words)] + [
+            " ".join(words[:i] + words[i + 1 :]) for i in range(min(len(words), MOST_WORDS))
+        ]
+        found = label_probabilities(
+            self.model, self.tokenizer, texts, self.config, temperature=self.temperature
+        )
         found, label = np.maximum(found, 1e-300), found[0].argmax()
         log_odds = np.log(found[:, label]) - np.log(np.delete(found, label, axis=1).sum(axis=1))
         return pd.DataFrame({"word": words[:MOST_WORDS], "effect": log_odds[0] - log_odds[1:]})
@@ -112,6 +158,8 @@ def _clean(text, i: int) -> str:
     if not isinstance(text, str):
         if text is None or text is pd.NA or text != text:
             return ""
-        raise DataError(f"text {i} is {str(text)[:40]!r} of type {type(text).__name__}: give a list of strings.")
+        raise DataError(
+            f"text {i} is {str(text)[:40]!r} of type {type(text).__name__}: give a list of strings."
+        )
     # half a surrogate pair, which a tokenizer refuses, becomes a ?
     return tidy_text(text.encode(errors="replace").decode())

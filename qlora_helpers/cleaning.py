@@ -31,7 +31,9 @@ def same_but_case(text: str) -> str:
 def normalised(text: str) -> str:
     """What copies among AG News' rows share: the words, without case, punctuation and space.
     A text without words stays as it is."""
-    folded = unicodedata.normalize("NFKC", clean_text(text.casefold())).casefold()  # first of all the names of entities
+    folded = unicodedata.normalize(
+        "NFKC", clean_text(text.casefold())
+    ).casefold()  # first of all the names of entities
     return " ".join(_WORD.findall(folded)) or folded
 
 

@@ -30,7 +30,9 @@ def check_mounted(path: str | os.PathLike) -> None:
     """Raise OSError where Drive has gone from under `path`."""
     if on_drive(path):
         mount = CONTENT / "drive"
-        root = mount.joinpath(*Path(os.path.abspath(path)).relative_to(mount).parts[:1])  # MyDrive, or Shareddrives
+        root = mount.joinpath(
+            *Path(os.path.abspath(path)).relative_to(mount).parts[:1]
+        )  # MyDrive, or Shareddrives
         if not os.path.isdir(root):
             raise OSError(errno.ENOTCONN, f"{root.name} is no longer mounted")
 
@@ -38,7 +40,9 @@ def check_mounted(path: str | os.PathLike) -> None:
 def my_drive() -> Path | None:
     """The reader's Drive if it is mounted and to be used."""
     folder = CONTENT / "drive" / "MyDrive"
-    return folder if not _without and drive_wanted() and os.path.isdir(folder) else None  # isdir: False for a mount that has died
+    return (
+        folder if not _without and drive_wanted() and os.path.isdir(folder) else None
+    )  # isdir: False for a mount that has died
 
 
 def ask_for_drive(wanted: bool | None = None) -> None:
@@ -53,19 +57,30 @@ def ask_for_drive(wanted: bool | None = None) -> None:
     if not drive_wanted(wanted is not False):
         _without = "it was not wanted"
     else:
-        print(f"Google Drive would keep this run for the other notebooks: Colab asks for it now, for {MOUNT_SECONDS} seconds. To decline, "
-              "choose \"No thanks\"; to be asked nothing, set QLORA_DRIVE=0.", flush=True)
+        print(
+            f"Google Drive would keep this run for the other notebooks: Colab asks for it now, for {MOUNT_SECONDS} seconds. To decline, "
+            'choose "No thanks"; to be asked nothing, set QLORA_DRIVE=0.',
+            flush=True,
+        )
         try:
             from google.colab import drive
+
             # the dialog itself waits for ever: timeout_ms is for the mount that follows it
-            bounded(lambda: drive.mount(str(CONTENT / "drive"), timeout_ms=1000 * MOUNT_SECONDS), MOUNT_SECONDS)
+            bounded(
+                lambda: drive.mount(str(CONTENT / "drive"), timeout_ms=1000 * MOUNT_SECONDS),
+                MOUNT_SECONDS,
+            )
             _without = None if my_drive() else "it was mounted without MyDrive"
-        except Exception as error:  # ValueError, MessageError, NotImplementedError, pexpect's: none is worth a run
+        except (
+            Exception
+        ) as error:  # ValueError, MessageError, NotImplementedError, pexpect's: none is worth a run
             _without = reason(error).removeprefix("Error: ")
     if _without:
-        print(f"Without Google Drive ({_without}): this run's files stay on this machine and go when its runtime does, and the other "
-              "notebooks, which get machines of their own, will not find them. To have Drive: Runtime > Restart session and run all, and "
-              "allow it.")
+        print(
+            f"Without Google Drive ({_without}): this run's files stay on this machine and go when its runtime does, and the other "
+            "notebooks, which get machines of their own, will not find them. To have Drive: Runtime > Restart session and run all, and "
+            "allow it."
+        )
 
 
 def without_drive() -> str | None:

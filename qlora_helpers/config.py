@@ -18,10 +18,22 @@ SAMPLE = "sample"
 LABELS = ("World", "Sports", "Business", "Sci/Tech")  # of AG News and of the sample
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 PROFILES = {
-    "t4": {"base_model": "unsloth/mistral-7b-bnb-4bit", "data": AG_NEWS, "learning_rate": 2e-4,
-           "train_size": 2000, "validation_size": 400, "test_size": 7600},
-    "cpu": {"base_model": EMBEDDED_MODEL, "data": SAMPLE, "learning_rate": 1e-3,
-            "train_size": 280, "validation_size": 40, "test_size": 80},
+    "t4": {
+        "base_model": "unsloth/mistral-7b-bnb-4bit",
+        "data": AG_NEWS,
+        "learning_rate": 2e-4,
+        "train_size": 2000,
+        "validation_size": 400,
+        "test_size": 7600,
+    },
+    "cpu": {
+        "base_model": EMBEDDED_MODEL,
+        "data": SAMPLE,
+        "learning_rate": 1e-3,
+        "train_size": 280,
+        "validation_size": 40,
+        "test_size": 80,
+    },
 }
 _ALIASES = {"QLORA_EPOCHS": "QLORA_NUM_EPOCHS"}
 _NOT_FIELDS = {"QLORA_WORKSPACE", "QLORA_DRIVE"}  # where a run lives, not what it is
@@ -55,9 +67,14 @@ class RunConfig:
 
     def __post_init__(self):
         _check_profile(self.profile)
-        if not (isinstance(self.labels, tuple) and 2 <= len(set(self.labels)) == len(self.labels) <= MOST_LABELS
-                and all(isinstance(label, str) and label for label in self.labels)):
-            raise ConfigError(f"labels are {self.labels!r}: they must be a tuple of 2 to {MOST_LABELS} different names.")
+        if not (
+            isinstance(self.labels, tuple)
+            and 2 <= len(set(self.labels)) == len(self.labels) <= MOST_LABELS
+            and all(isinstance(label, str) and label for label in self.labels)
+        ):
+            raise ConfigError(
+                f"labels are {self.labels!r}: they must be a tuple of 2 to {MOST_LABELS} different names."
+            )
         for field in dataclasses.fields(self):
             if field.name == "labels":
                 continue
@@ -65,7 +82,9 @@ class RunConfig:
             if type(value) is not field.type and not (field.type is float and type(value) is int):
                 raise ConfigError(f"{name} is {value!r}: it must be {_KINDS[field.type]}.")
             if field.type is str and not value.strip():
-                raise ConfigError(f"{name} is empty: leave it out for the default of profile {self.profile!r}.")
+                raise ConfigError(
+                    f"{name} is empty: leave it out for the default of profile {self.profile!r}."
+                )
             if field.type is float and not math.isfinite(value):
                 raise ConfigError(f"{name} is {value}: give a finite number.")
             if field.type is int and value < _LEAST.get(name, 1):
@@ -83,32 +102,49 @@ class RunConfig:
         profile = choices.setdefault("profile", default_profile())
         _check_profile(profile)
         if profile == "t4" and not torch.cuda.is_available():
-            raise ConfigError("profile 't4' needs a CUDA GPU and there is none here. In Colab: Runtime > Change runtime type > "
-                              "T4 GPU. To run the small model on the CPU instead, set QLORA_PROFILE=cpu.")
+            raise ConfigError(
+                "profile 't4' needs a CUDA GPU and there is none here. In Colab: Runtime > Change runtime type > "
+                "T4 GPU. To run the small model on the CPU instead, set QLORA_PROFILE=cpu."
+            )
         for name in choices.keys() - _TYPES.keys():
             raise ConfigError(f"unknown setting {name!r}. The settings are: {', '.join(_TYPES)}.")
         defaults = dict(PROFILES[profile])
-        if isinstance(choices.get("train_size"), int):  # the temperature and the choice of the epoch need validation rows in proportion
-            defaults["validation_size"] = max(defaults["validation_size"], choices["train_size"] // 7)
+        if isinstance(
+            choices.get("train_size"), int
+        ):  # the temperature and the choice of the epoch need validation rows in proportion
+            defaults["validation_size"] = max(
+                defaults["validation_size"], choices["train_size"] // 7
+            )
         data = choices.get("data", defaults["data"])
         if is_labelled_csv(data) and os.path.isfile(data):
             defaults |= _of_labelled_csv(data, defaults, choices)
         config = cls(**(defaults | choices))
-        if config.data not in (AG_NEWS, SAMPLE) and not os.path.isdir(config.data) and not (
-                is_labelled_csv(config.data) and os.path.isfile(config.data)):
-            raise ConfigError(f"data is {config.data!r}, which is not here. Give a folder that holds train.csv and test.csv in AG News' "
-                              "layout, or a CSV file with the header text,label, "
-                              f"or {SAMPLE!r} (bundled), or {AG_NEWS!r} (from the hub).")
+        if (
+            config.data not in (AG_NEWS, SAMPLE)
+            and not os.path.isdir(config.data)
+            and not (is_labelled_csv(config.data) and os.path.isfile(config.data))
+        ):
+            raise ConfigError(
+                f"data is {config.data!r}, which is not here. Give a folder that holds train.csv and test.csv in AG News' "
+                "layout, or a CSV file with the header text,label, "
+                f"or {SAMPLE!r} (bundled), or {AG_NEWS!r} (from the hub)."
+            )
         return config
 
     @classmethod
     def from_form(cls, **answers: str) -> "RunConfig":
         """`from_environment` with the answers of a form as choices; "default" leaves the profile's. Where the environment asks for
         something else it wins, with a line that says so: the other notebooks hold to it. Raises ConfigError as `from_environment` does."""
-        choices = {name: _parsed(f"{name} in the form", name, answer) for name, answer in answers.items() if answer not in ("default", "")}
+        choices = {
+            name: _parsed(f"{name} in the form", name, answer)
+            for name, answer in answers.items()
+            if answer not in ("default", "")
+        }
         for name, value in _environment_choices().items():
             if choices.get(name, value) != value:
-                print(f"QLORA_{name.upper()} in the environment is {value}: it wins over the form's {choices[name]}.")
+                print(
+                    f"QLORA_{name.upper()} in the environment is {value}: it wins over the form's {choices[name]}."
+                )
         return cls.from_environment(**choices)
 
     def to_json(self) -> str:
@@ -121,17 +157,23 @@ class RunConfig:
             fields = json.loads(text)
             return cls(**fields | {"labels": tuple(fields["labels"])})
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"this is not a run's config ({error}): run notebooks/01_setup.ipynb again.") from error
+            raise ConfigError(
+                f"this is not a run's config ({error}): run notebooks/01_setup.ipynb again."
+            ) from error
 
     def check_environment(self) -> None:
         """Raise ConfigError if a QLORA_ variable asks for something other than this config holds."""
         for name, value in _environment_choices().items():
             if getattr(self, name) != value:
-                raise ConfigError(f"QLORA_{name.upper()} asks for {value!r}, but this workspace was set up with "
-                                  f"{getattr(self, name)!r}: run notebooks/01_setup.ipynb again, or unset the variable.")
+                raise ConfigError(
+                    f"QLORA_{name.upper()} asks for {value!r}, but this workspace was set up with "
+                    f"{getattr(self, name)!r}: run notebooks/01_setup.ipynb again, or unset the variable."
+                )
 
 
-_TYPES = {field.name: field.type for field in dataclasses.fields(RunConfig) if field.name != "labels"}
+_TYPES = {
+    field.name: field.type for field in dataclasses.fields(RunConfig) if field.name != "labels"
+}
 
 
 def default_profile() -> str:
@@ -145,7 +187,9 @@ def drive_wanted(otherwise: bool = True) -> bool:
     """$QLORA_DRIVE: 1 to keep runs on Google Drive where Colab can mount it, 0 for the local disk. Raises ConfigError for anything else."""
     asked = os.environ.get("QLORA_DRIVE", "")
     if asked not in ("", "0", "1"):
-        raise ConfigError(f"QLORA_DRIVE is {asked!r}: it must be 1 (Google Drive, where Colab can mount it) or 0 (the local disk).")
+        raise ConfigError(
+            f"QLORA_DRIVE is {asked!r}: it must be 1 (Google Drive, where Colab can mount it) or 0 (the local disk)."
+        )
     return asked == "1" if asked else otherwise
 
 
@@ -158,26 +202,51 @@ def project_folder() -> Path:
 def _of_labelled_csv(data: str, defaults: dict, choices: dict) -> dict:
     """The labels of a CSV file, and sizes that it can fill: a fifth to test, a tenth to validate, at most as many as the profile has."""
     rows = read_labelled_csv(Path(data))
-    sizes = defaults | {"test_size": min(defaults["test_size"], max(len(rows.attrs["labels"]), len(rows) // 5)),
-                        "validation_size": min(defaults["validation_size"], max(1, len(rows) // 10))} | choices
+    sizes = (
+        defaults
+        | {
+            "test_size": min(defaults["test_size"], max(len(rows.attrs["labels"]), len(rows) // 5)),
+            "validation_size": min(defaults["validation_size"], max(1, len(rows) // 10)),
+        }
+        | choices
+    )
     left = len(rows) - sizes["test_size"] - sizes["validation_size"]
-    return {"labels": rows.attrs["labels"], "test_size": sizes["test_size"], "validation_size": sizes["validation_size"],
-            "train_size": max(1, min(defaults["train_size"], left))}
+    return {
+        "labels": rows.attrs["labels"],
+        "test_size": sizes["test_size"],
+        "validation_size": sizes["validation_size"],
+        "train_size": max(1, min(defaults["train_size"], left)),
+    }
 
 
 def _check_profile(profile: str) -> None:
     if profile not in PROFILES:
-        raise ConfigError(f"profile is {profile!r}: choose 't4' (a CUDA GPU, Mistral-7B) or 'cpu' (no GPU, the small "
-                          "embedded model), or leave QLORA_PROFILE unset to let the machine decide.")
+        raise ConfigError(
+            f"profile is {profile!r}: choose 't4' (a CUDA GPU, Mistral-7B) or 'cpu' (no GPU, the small "
+            "embedded model), or leave QLORA_PROFILE unset to let the machine decide."
+        )
 
 
 def _environment_choices() -> dict:
     choices, _ = {}, drive_wanted()
-    for variable in sorted(name for name in os.environ if name.startswith("QLORA_") and os.environ[name] and name not in _NOT_FIELDS):
-        text, name = os.environ[variable], _ALIASES.get(variable, variable).removeprefix("QLORA_").lower()
+    for variable in sorted(
+        name
+        for name in os.environ
+        if name.startswith("QLORA_") and os.environ[name] and name not in _NOT_FIELDS
+    ):
+        text, name = (
+            os.environ[variable],
+            _ALIASES.get(variable, variable).removeprefix("QLORA_").lower(),
+        )
         if name not in _TYPES:
-            near = difflib.get_close_matches(variable, [f"QLORA_{known.upper()}" for known in _TYPES] + [*_ALIASES, *_NOT_FIELDS], 1)
-            raise ConfigError(f"{variable} is not a setting." + (f" Did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(
+                variable,
+                [f"QLORA_{known.upper()}" for known in _TYPES] + [*_ALIASES, *_NOT_FIELDS],
+                1,
+            )
+            raise ConfigError(
+                f"{variable} is not a setting." + (f" Did you mean {near[0]}?" if near else "")
+            )
         choices[name] = _parsed(variable, name, text)
     if choices.get("data") not in (None, AG_NEWS, SAMPLE):
         choices["data"] = os.path.abspath(project_folder() / choices["data"])

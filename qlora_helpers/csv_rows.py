@@ -24,13 +24,21 @@ def read_ag_news_csv(path: Path) -> pd.DataFrame:
     """The rows of a file in AG News' layout: `raw` (title and description) and `label` (0 to 3).
     Raises DataError that names the file, the row and the remedy."""
     rows = []
-    for number, row in _lines(path, f"QLORA_DATA names a folder with train.csv and test.csv. {_AG_NEWS}"):
+    for number, row in _lines(
+        path, f"QLORA_DATA names a folder with train.csv and test.csv. {_AG_NEWS}"
+    ):
         if len(row) != 3:
-            raise DataError(f"{path}, row {number}: {len(row)} column{'s' * (len(row) != 1)} instead of 3. {_AG_NEWS}.")
+            raise DataError(
+                f"{path}, row {number}: {len(row)} column{'s' * (len(row) != 1)} instead of 3. {_AG_NEWS}."
+            )
         if row[0].strip() not in {"1", "2", "3", "4"}:
-            raise DataError(f"{path}, row {number}: class {row[0]!r} is not 1 (World), 2 (Sports), 3 (Business) or 4 (Sci/Tech).")
+            raise DataError(
+                f"{path}, row {number}: class {row[0]!r} is not 1 (World), 2 (Sports), 3 (Business) or 4 (Sci/Tech)."
+            )
         if not clean_text(f"{row[1]} {row[2]}"):
-            raise DataError(f"{path}, row {number}: title and description are both empty. Remove the row.")
+            raise DataError(
+                f"{path}, row {number}: title and description are both empty. Remove the row."
+            )
         rows.append((f"{row[1]} {row[2]}", int(row[0]) - 1))
     if not rows:
         raise DataError(f"{path} has no rows. {_AG_NEWS}.")
@@ -54,20 +62,26 @@ def read_labelled_csv(path: Path) -> pd.DataFrame:
     columns = [name.strip().lower() for name in header]
     for name in ("text", "label"):
         if columns.count(name) != 1:
-            raise DataError(f"{path}: the first row is {','.join(header)[:80]!r} and does not name one column {name!r}. {_LABELLED}.")
+            raise DataError(
+                f"{path}: the first row is {','.join(header)[:80]!r} and does not name one column {name!r}. {_LABELLED}."
+            )
     rows, first, contradictions = [], {}, []
     left_out = {"without a text": 0, "copies": 0, "copies with another label": 0}
     for number, row in lines:
         if len(row) != len(header):
-            raise DataError(f"{path}, row {number}: {len(row)} column{'s' * (len(row) != 1)}, but the header names {len(header)}. Put "
-                            "double quotes around a text that holds a comma.")
+            raise DataError(
+                f"{path}, row {number}: {len(row)} column{'s' * (len(row) != 1)}, but the header names {len(header)}. Put "
+                "double quotes around a text that holds a comma."
+            )
         text, label = row[columns.index("text")], tidy_text(row[columns.index("label")])
         key = same_but_case(text)
         if not key:
             left_out["without a text"] += 1
             continue
         if not label:
-            raise DataError(f"{path}, row {number}: there is no label. Give it one, or remove the row.")
+            raise DataError(
+                f"{path}, row {number}: there is no label. Give it one, or remove the row."
+            )
         earlier, first_label = first.setdefault(key, (number, label))
         if earlier == number:
             rows.append((text, label))
@@ -75,19 +89,24 @@ def read_labelled_csv(path: Path) -> pd.DataFrame:
             left_out["copies"] += 1
         else:
             left_out["copies with another label"] += 1
-            contradictions.append(f"{text[:60]!r} is {first_label!r} in row {earlier}, which is "
-                                  f"kept, and {label!r} in row {number}")
+            contradictions.append(
+                f"{text[:60]!r} is {first_label!r} in row {earlier}, which is "
+                f"kept, and {label!r} in row {number}"
+            )
     table = pd.DataFrame(rows, columns=["raw", "label"])
     counts = table.label.value_counts().sort_index()
     if not 2 <= len(counts) <= MOST_LABELS:
-        raise DataError(f"{path} has {len(counts)} label{'s' * (len(counts) != 1)} ({', '.join(map(repr, counts.index[:3]))}"
-                        f"{', ...' * (len(counts) > 3)}): 2 to {MOST_LABELS} can be told apart. Look whether `label` is the right column.")
+        raise DataError(
+            f"{path} has {len(counts)} label{'s' * (len(counts) != 1)} ({', '.join(map(repr, counts.index[:3]))}"
+            f"{', ...' * (len(counts) > 3)}): 2 to {MOST_LABELS} can be told apart. Look whether `label` is the right column."
+        )
     if rare := counts.index[counts < 2].tolist():
-        raise DataError(f"{path}: {', '.join(map(repr, rare))} {'have' if len(rare) > 1 else 'has'} a single row (copies are not counted), "
-                        "and a label needs one to train on and one to test on. Add rows of it, or remove it.")
+        raise DataError(
+            f"{path}: {', '.join(map(repr, rare))} {'have' if len(rare) > 1 else 'has'} a single row (copies are not counted), "
+            "and a label needs one to train on and one to test on. Add rows of it, or remove it."
+        )
     table.label = table.label.map({name: i for i, name in enumerate(counts.index)})
-    table.attrs.update(labels=tuple(counts.index), left_out=left_out,
-                       contradictions=contradictions)
+    table.attrs.update(labels=tuple(counts.index), left_out=left_out, contradictions=contradictions)
     return table
 
 
@@ -102,8 +121,12 @@ def _lines(path: Path, layout: str) -> Iterator[tuple[int, list[str]]]:
     except FileNotFoundError:
         raise DataError(f"{path} is not there. {layout}.") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8, for example: iconv -f latin1 -t utf-8.") from error
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start}). Save it as UTF-8, for example: iconv -f latin1 -t utf-8."
+        ) from error
     except csv.Error as error:
-        raise DataError(f"{path}, after row {number}: not valid CSV ({error}). {layout}.") from error
+        raise DataError(
+            f"{path}, after row {number}: not valid CSV ({error}). {layout}."
+        ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error

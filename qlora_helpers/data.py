@@ -25,7 +25,9 @@ def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
         return _load_from_hub()
     if is_labelled_csv(config.data):
         return _split(read_labelled_csv(Path(config.data)), config)
-    folder = resources.files("qlora_helpers") / "sample" if config.data == SAMPLE else Path(config.data)
+    folder = (
+        resources.files("qlora_helpers") / "sample" if config.data == SAMPLE else Path(config.data)
+    )
     return {split: read_ag_news_csv(folder / f"{split}.csv") for split in ("train", "test")}
 
 
@@ -53,7 +55,10 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
         DataError: there are too few rows.
     """
     rng, (clean, copy_key) = np.random.default_rng(config.seed), text_rules(config)
-    order = [rng.permutation(np.flatnonzero(rows["train"].label == label)) for label in range(len(config.labels))]
+    order = [
+        rng.permutation(np.flatnonzero(rows["train"].label == label))
+        for label in range(len(config.labels))
+    ]
     test = _draw_test(rows["test"], config, rng)
     keys = rows["train"].raw.map(copy_key)
     tested = rows["test"].raw.iloc[np.concatenate(test)].map(copy_key)
@@ -63,34 +68,48 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
     train_share, validation_share = _shares_of(found, config)
     for label, asked in enumerate(train_share + validation_share):
         if found[label] < asked:
-            raise DataError(f"the training rows of {config.data!r} hold {found[label]} of {config.labels[label]}"
-                            + (f" ({copies.sum()} copies are not counted)" if copies.any() else "") + ", but "
-                            f"train_size={config.train_size} and validation_size={config.validation_size} need {asked}: "
-                            "lower QLORA_TRAIN_SIZE or add rows.")
+            raise DataError(
+                f"the training rows of {config.data!r} hold {found[label]} of {config.labels[label]}"
+                + (f" ({copies.sum()} copies are not counted)" if copies.any() else "")
+                + ", but "
+                f"train_size={config.train_size} and validation_size={config.validation_size} need {asked}: "
+                "lower QLORA_TRAIN_SIZE or add rows."
+            )
     drawn = {
         "train": (rows["train"], [i[:n] for i, n in zip(order, train_share, strict=True)]),
-        "validation": (rows["train"], [i[len(i) - n:]
-                                       for i, n in zip(order, validation_share, strict=True)]),
+        "validation": (
+            rows["train"],
+            [i[len(i) - n :] for i, n in zip(order, validation_share, strict=True)],
+        ),
         "test": (rows["test"], test),
     }
-    subset = {split: _finish(*drawn[split], clean, np.random.default_rng([config.seed, i]))
-              for i, split in enumerate(SPLITS)}
+    subset = {
+        split: _finish(*drawn[split], clean, np.random.default_rng([config.seed, i]))
+        for i, split in enumerate(SPLITS)
+    }
     subset["train"].attrs["copies_dropped"] = int(copies.sum())
     return subset
 
 
 def _split(rows: pd.DataFrame, config: RunConfig) -> dict[str, pd.DataFrame]:
     if rows.attrs["labels"] != config.labels:
-        raise DataError(f"{config.data} has the labels {', '.join(rows.attrs['labels'])} now, which are not those that this workspace was "
-                        "set up with: run notebooks/01_setup.ipynb again.")
+        raise DataError(
+            f"{config.data} has the labels {', '.join(rows.attrs['labels'])} now, which are not those that this workspace was "
+            "set up with: run notebooks/01_setup.ipynb again."
+        )
     if len(rows) < (needed := config.test_size + config.validation_size + config.train_size):
-        raise DataError(f"{config.data} has {len(rows)} rows to use (copies and empty texts are not counted), but test_size, "
-                        f"validation_size and train_size ask for {needed}: lower QLORA_TRAIN_SIZE, or add rows.")
+        raise DataError(
+            f"{config.data} has {len(rows)} rows to use (copies and empty texts are not counted), but test_size, "
+            f"validation_size and train_size ask for {needed}: lower QLORA_TRAIN_SIZE, or add rows."
+        )
     counts = rows.label.value_counts().sort_index().to_numpy()
     order = _label_order(counts - 1, each_first=True)  # a row of each label is left to train on
-    shares = _count(order[:max(config.test_size, len(counts))], len(counts))
+    shares = _count(order[: max(config.test_size, len(counts))], len(counts))
     drawn = np.concatenate(_draw(rows, shares, np.random.default_rng([config.seed, len(SPLITS)])))
-    return {"train": rows.drop(index=drawn).reset_index(drop=True), "test": rows.iloc[np.sort(drawn)].reset_index(drop=True)}
+    return {
+        "train": rows.drop(index=drawn).reset_index(drop=True),
+        "test": rows.iloc[np.sort(drawn)].reset_index(drop=True),
+    }
 
 
 def _label_order(counts: np.ndarray, each_first: bool = False) -> np.ndarray:
@@ -113,48 +132,85 @@ def _shares_of(found: np.ndarray, config: RunConfig) -> tuple[np.ndarray, np.nda
     labels = len(found)
     if is_labelled_csv(config.data):
         order = _label_order(found, each_first=True)
-        return (_count(order[:max(labels, config.train_size)], labels),
-                _count(order[max(labels, len(order) - config.validation_size):], labels))
+        return (
+            _count(order[: max(labels, config.train_size)], labels),
+            _count(order[max(labels, len(order) - config.validation_size) :], labels),
+        )
     sizes = config.train_size, config.validation_size
     return tuple(_count(_label_order(np.full(labels, size))[:size], labels) for size in sizes)
 
 
 def _draw_test(rows: pd.DataFrame, config: RunConfig, rng: np.random.Generator) -> list[np.ndarray]:
     if len(rows) < config.test_size:
-        raise DataError(f"the test split of {config.data!r} has {len(rows)} rows, but test_size={config.test_size}: lower QLORA_TEST_SIZE.")
+        raise DataError(
+            f"the test split of {config.data!r} has {len(rows)} rows, but test_size={config.test_size}: lower QLORA_TEST_SIZE."
+        )
     counts = rows.label.value_counts().reindex(range(len(config.labels)), fill_value=0).to_numpy()
     for label in np.flatnonzero(counts == 0):
-        raise DataError(f"the test split of {config.data!r} has no row of {config.labels[label]}: nothing could be said of it. Add some.")
-    return _draw(rows, _count(_label_order(counts)[:config.test_size], len(counts)), rng)
+        raise DataError(
+            f"the test split of {config.data!r} has no row of {config.labels[label]}: nothing could be said of it. Add some."
+        )
+    return _draw(rows, _count(_label_order(counts)[: config.test_size], len(counts)), rng)
 
 
 def _draw(rows: pd.DataFrame, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    return [rng.permutation(np.flatnonzero(rows.label == label))[:n] for label, n in enumerate(shares)]
+    return [
+        rng.permutation(np.flatnonzero(rows.label == label))[:n] for label, n in enumerate(shares)
+    ]
 
 
-def _finish(rows: pd.DataFrame, indices: list[np.ndarray], clean: Callable[[str], str],
-            rng: np.random.Generator) -> pd.DataFrame:
+def _finish(
+    rows: pd.DataFrame,
+    indices: list[np.ndarray],
+    clean: Callable[[str], str],
+    rng: np.random.Generator,
+) -> pd.DataFrame:
     drawn = rows.iloc[rng.permutation(np.concatenate(indices))]
     return pd.DataFrame({"text": drawn.raw.map(clean), "label": drawn.label}).reset_index(drop=True)
 
 
 def _load_from_hub() -> dict[str, pd.DataFrame]:
-    folder = fetch(AG_NEWS, "dataset", parquet_files, DataError, "Or set QLORA_DATA to a folder with train.csv and test.csv, or "
-                   f"QLORA_DATA={SAMPLE} for the bundled sample.")
+    folder = fetch(
+        AG_NEWS,
+        "dataset",
+        parquet_files,
+        DataError,
+        "Or set QLORA_DATA to a folder with train.csv and test.csv, or "
+        f"QLORA_DATA={SAMPLE} for the bundled sample.",
+    )
     rows = {}
     for split in ("train", "test"):
-        parts = [str(folder / name) for name in parquet_files(file_names(folder)) if name.startswith(f"data/{split}-")]
+        parts = [
+            str(folder / name)
+            for name in parquet_files(file_names(folder))
+            if name.startswith(f"data/{split}-")
+        ]
         try:
-            rows[split] = datasets.Dataset.from_parquet(parts).to_pandas().rename(columns={"text": "raw"})[["raw", "label"]]
+            rows[split] = (
+                datasets.Dataset.from_parquet(parts)
+                .to_pandas()
+                .rename(columns={"text": "raw"})[["raw", "label"]]
+            )
         except Exception as error:  # pyarrow's and datasets' own kinds
-            raise DataError(f"{AG_NEWS}'s {split} rows in {folder} cannot be read ({type(error).__name__}): remove that folder and run "
-                            "this cell again.") from error
+            raise DataError(
+                f"{AG_NEWS}'s {split} rows in {folder} cannot be read ({type(error).__name__}): remove that folder and run "
+                "this cell again."
+            ) from error
     return rows
 
 
 def parquet_files(names: Iterable[str]) -> list[str]:
     """The files of AG News on the hub, of both splits; empty if they are not there whole."""
-    parts = [match for name in sorted(names) if (match := re.fullmatch(r"data/(train|test)-\d{5}-of-(\d{5})\.parquet", name))]
-    whole = all(any(part[1] == split and int(part[2]) == sum(other[1] == split for other in parts) for part in parts)
-                for split in ("train", "test"))
+    parts = [
+        match
+        for name in sorted(names)
+        if (match := re.fullmatch(r"data/(train|test)-\d{5}-of-(\d{5})\.parquet", name))
+    ]
+    whole = all(
+        any(
+            part[1] == split and int(part[2]) == sum(other[1] == split for other in parts)
+            for part in parts
+        )
+        for split in ("train", "test")
+    )
     return [part[0] for part in parts] if whole else []

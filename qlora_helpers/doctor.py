@@ -16,7 +16,14 @@ from qlora_helpers.batching import free_gpu_bytes
 from qlora_helpers.colab import on_colab, on_drive, without_drive
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import PreflightError
-from qlora_helpers.estimates import ModelSize, bytes_written, expected_plan, minutes, model_size, rows_on_cpu
+from qlora_helpers.estimates import (
+    ModelSize,
+    bytes_written,
+    expected_plan,
+    minutes,
+    model_size,
+    rows_on_cpu,
+)
 from qlora_helpers.files import nearest
 from qlora_helpers.hub_token import Token, needs_hub, use_token
 from qlora_helpers.modeling import compute_dtype
@@ -25,8 +32,11 @@ from qlora_helpers.versions import check_versions
 from qlora_helpers.workspace import Workspace
 
 CHOOSE_T4 = "Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
-_COLOURS = {"ok": "background-color: #d9f2d9; color: #14521a", "warning": "background-color: #fff0c2; color: #6b4e00",
-            "stop": "background-color: #fbd5d5; color: #8b1111; font-weight: bold"}
+_COLOURS = {
+    "ok": "background-color: #d9f2d9; color: #14521a",
+    "warning": "background-color: #fff0c2; color: #6b4e00",
+    "stop": "background-color: #fbd5d5; color: #8b1111; font-weight: bold",
+}
 
 
 @dataclass(frozen=True)
@@ -48,24 +58,43 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
     size = shape and model_size(shape)
     download = None if "stop" in (model.verdict, data.verdict) else model.download + data.download
     return [
-        _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))), *_memory(config, size),
-        Finding("versions", *check_versions()), *([_token(token)] if needs_hub(config) else []),
+        _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))),
+        *_memory(config, size),
+        Finding("versions", *check_versions()),
+        *([_token(token)] if needs_hub(config) else []),
         Finding("base model", f"{config.base_model}: {model.found}", model.verdict, model.remedy),
-        Finding("data", f"{os.path.basename(config.data) if os.path.exists(config.data) else config.data}: {data.found}", data.verdict,
-                data.remedy),
-        *_disks(config, workspace, size, download), _workspace(workspace), _plan(config, size), _minutes(config, size, model.download)]
+        Finding(
+            "data",
+            f"{os.path.basename(config.data) if os.path.exists(config.data) else config.data}: {data.found}",
+            data.verdict,
+            data.remedy,
+        ),
+        *_disks(config, workspace, size, download),
+        _workspace(workspace),
+        _plan(config, size),
+        _minutes(config, size, model.download),
+    ]
 
 
 def findings_table(findings: list[Finding]) -> Styler:
     """The findings as a table whose verdicts are words and colours."""
     table = pd.DataFrame([vars(one) for one in findings])
-    return table.style.map(_COLOURS.get, subset="verdict").hide().set_properties(**{"text-align": "left", "white-space": "normal"})
+    return (
+        table.style.map(_COLOURS.get, subset="verdict")
+        .hide()
+        .set_properties(**{"text-align": "left", "white-space": "normal"})
+    )
 
 
 def require_ok(findings: list[Finding]) -> None:
     """Raise PreflightError, with each remedy, if a finding is a stop."""
-    if stops := [f"{one.area}: {one.found}. {one.remedy}" for one in findings if one.verdict == "stop"]:
-        raise PreflightError("this run cannot go on here, and nothing was written.\n" + "\n".join(f"- {line}" for line in stops))
+    if stops := [
+        f"{one.area}: {one.found}. {one.remedy}" for one in findings if one.verdict == "stop"
+    ]:
+        raise PreflightError(
+            "this run cannot go on here, and nothing was written.\n"
+            + "\n".join(f"- {line}" for line in stops)
+        )
 
 
 def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
@@ -73,12 +102,26 @@ def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
     runs = f"runs in {str(dtype).removeprefix('torch.')}"
     if torch.cuda.is_available():
         older = ("warning", f"Older than a T4: nothing was tried there. {CHOOSE_T4}.")
-        return Finding("GPU", f"{reason}: {runs}", *(older if torch.cuda.get_device_capability() < (7, 5) else ()))
+        return Finding(
+            "GPU",
+            f"{reason}: {runs}",
+            *(older if torch.cuda.get_device_capability() < (7, 5) else ()),
+        )
     if config.profile == "t4":
-        return Finding("GPU", "none", "stop", f"In Colab: {CHOOSE_T4}. To run the small model on the CPU, choose profile cpu.")
+        return Finding(
+            "GPU",
+            "none",
+            "stop",
+            f"In Colab: {CHOOSE_T4}. To run the small model on the CPU, choose profile cpu.",
+        )
     if on_colab() and not cpu_asked:
-        return Finding("GPU", "none in this runtime", "stop", f"{CHOOSE_T4}. Or, to run the small model on the CPU, choose PROFILE cpu in "
-                       "the form (or set QLORA_PROFILE=cpu) and run all again.")
+        return Finding(
+            "GPU",
+            "none in this runtime",
+            "stop",
+            f"{CHOOSE_T4}. Or, to run the small model on the CPU, choose PROFILE cpu in "
+            "the form (or set QLORA_PROFILE=cpu) and run all again.",
+        )
     return Finding("GPU", f"none: profile cpu {runs} on {os.cpu_count()} cores")
 
 
@@ -87,32 +130,72 @@ def _memory(config: RunConfig, size: ModelSize | None) -> list[Finding]:
     if torch.cuda.is_available():
         gib = free_gpu_bytes() / 2**30
         needed = size and size.gib + 1.1
-        what = f"{gib:.1f} GiB free" + (f"; the model takes {size.gib:.2f} GiB in 4 bits" if size else "")
+        what = f"{gib:.1f} GiB free" + (
+            f"; the model takes {size.gib:.2f} GiB in 4 bits" if size else ""
+        )
         short = needed and 0.9 * gib < needed
-        found.append(Finding("GPU memory", what, *(("stop", f"{needed / 0.9:.1f} GiB are needed: Runtime > Restart session frees what an "
-                                                    "earlier run holds; else choose a larger GPU or a smaller model.") if short else ())))
+        found.append(
+            Finding(
+                "GPU memory",
+                what,
+                *(
+                    (
+                        "stop",
+                        f"{needed / 0.9:.1f} GiB are needed: Runtime > Restart session frees what an "
+                        "earlier run holds; else choose a larger GPU or a smaller model.",
+                    )
+                    if short
+                    else ()
+                ),
+            )
+        )
     gib = psutil.virtual_memory().available / 2**30
     least, good = 1.0, 4.0 if config.profile == "t4" else 3.0
     verdict = "stop" if gib < least else "warning" if gib < good else "ok"
-    remedy = "" if verdict == "ok" else f"{good:g} GiB are comfortable: close other notebooks and programs, or restart the runtime."
+    remedy = (
+        ""
+        if verdict == "ok"
+        else f"{good:g} GiB are comfortable: close other notebooks and programs, or restart the runtime."
+    )
     return [*found, Finding("host memory", f"{gib:.1f} GiB available", verdict, remedy)]
 
 
 def _token(token: Token) -> Finding:
-    said = (f"from {token.source}" if token.source else "none") + (f" ({token.note.rstrip('.')})" if token.note else "")
+    said = (f"from {token.source}" if token.source else "none") + (
+        f" ({token.note.rstrip('.')})" if token.note else ""
+    )
     return Finding("hub token", said, "warning" if token.warning else "ok", token.remedy)
 
 
-def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, download: int | None) -> list[Finding]:
-    written = bytes_written(size, config) if size else 130 * 10**6 if config.base_model == EMBEDDED_MODEL else 11 * 10**8
+def _disks(
+    config: RunConfig, workspace: Workspace, size: ModelSize | None, download: int | None
+) -> list[Finding]:
+    written = (
+        bytes_written(size, config)
+        if size
+        else 130 * 10**6
+        if config.base_model == EMBEDDED_MODEL
+        else 11 * 10**8
+    )
     cache, run = Path(constants.HF_HUB_CACHE), workspace.path
     shared = _device(cache) == _device(run)  # what both need, one disk must hold
     found = []
-    for area, folder, needed, what in (("disk, downloads", cache, download, "to download"), ("disk, run", run, written, "to write")):
+    for area, folder, needed, what in (
+        ("disk, downloads", cache, download, "to download"),
+        ("disk, run", run, written, "to write"),
+    ):
         least = max((download or 0) + written if shared else needed or 0, 5 * 10**7)
         free = shutil.disk_usage(nearest(folder)).free
-        verdict = "ok" if free > 1.5 * least else "warning" if free > least or on_drive(folder) else "stop"
-        remedy = f"Make room for {least / 1e9:.1f} GB and half as much again." if verdict != "ok" else ""
+        verdict = (
+            "ok"
+            if free > 1.5 * least
+            else "warning"
+            if free > least or on_drive(folder)
+            else "stop"
+        )
+        remedy = (
+            f"Make room for {least / 1e9:.1f} GB and half as much again." if verdict != "ok" else ""
+        )
         if remedy and on_drive(folder):
             remedy += " When Drive is full, the run goes on on this machine's own disk."
         said = f"{'an unknown amount' if needed is None else f'{needed / 1e9:.2f} GB'} {what}"
@@ -123,30 +206,56 @@ def _disks(config: RunConfig, workspace: Workspace, size: ModelSize | None, down
 def _workspace(workspace: Workspace) -> Finding:
     if on_colab() and not on_drive(workspace.path):
         why = f" ({without_drive()})" if without_drive() else ""
-        return Finding("workspace", f"{workspace}, on this machine{why}", "warning", "The other notebooks get machines of their own and "
-                       "will not find it: Runtime > Restart session and run all, and allow Google Drive.")
-    return Finding("workspace", f"{workspace}" + (", on Google Drive" if on_drive(workspace.path) else ""))
+        return Finding(
+            "workspace",
+            f"{workspace}, on this machine{why}",
+            "warning",
+            "The other notebooks get machines of their own and "
+            "will not find it: Runtime > Restart session and run all, and allow Google Drive.",
+        )
+    return Finding(
+        "workspace", f"{workspace}" + (", on Google Drive" if on_drive(workspace.path) else "")
+    )
 
 
 def _plan(config: RunConfig, size: ModelSize | None) -> Finding:
     area = "batch plan, expected"
     if not torch.cuda.is_available():
-        rows = rows_on_cpu(config, psutil.virtual_memory().available / 2**30) if config.base_model == EMBEDDED_MODEL else None
-        return Finding(area, f"{rows} rows at once; 03 tries it" if rows else "03 tries it on the model itself")
+        rows = (
+            rows_on_cpu(config, psutil.virtual_memory().available / 2**30)
+            if config.base_model == EMBEDDED_MODEL
+            else None
+        )
+        return Finding(
+            area, f"{rows} rows at once; 03 tries it" if rows else "03 tries it on the model itself"
+        )
     plan = size and expected_plan(size, config, free_gpu_bytes() / 2**30)
     if not plan or not plan[0]:
         return Finding(area, "03 tries it on the model itself")
     rows, checkpointed = plan
-    return Finding(area, f"{rows} rows at once, about {checkpointed} of {size.layers} layers checkpointed on the longest; 03 tries it")
+    return Finding(
+        area,
+        f"{rows} rows at once, about {checkpointed} of {size.layers} layers checkpointed on the longest; 03 tries it",
+    )
 
 
 def _minutes(config: RunConfig, size: ModelSize | None, download: int) -> Finding:
     if not torch.cuda.is_available() and config.base_model != EMBEDDED_MODEL:
         large = size is None or size.linear > 10**9
-        return Finding("minutes", "hours: this model is for a GPU" if large else "not known for this model", "warning" if large else "ok")
-    said = ", ".join(f"{name}: {max(1, round(count))}" for name, count in minutes(config, download).items())
+        return Finding(
+            "minutes",
+            "hours: this model is for a GPU" if large else "not known for this model",
+            "warning" if large else "ok",
+        )
+    said = ", ".join(
+        f"{name}: {max(1, round(count))}" for name, count in minutes(config, download).items()
+    )
     measured = config.base_model == EMBEDDED_MODEL
-    where = "two CPU cores, measured" if measured else "a T4, by a rehearsal on another GPU and a T4's rows a second on paper"
+    where = (
+        "two CPU cores, measured"
+        if measured
+        else "a T4, by a rehearsal on another GPU and a T4's rows a second on paper"
+    )
     return Finding("minutes", f"{said} ({where})")
 
 

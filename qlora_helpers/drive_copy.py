@@ -15,7 +15,14 @@ from qlora_helpers.config import project_folder
 from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.files import read_file, write_file
 
-_NOT_OF_DRIVE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL}  # of what stands there, or does not
+_NOT_OF_DRIVE = {
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EINVAL,
+}  # of what stands there, or does not
 DRIVE_SECONDS = 300  # for one file; an adapter has 84 MB
 
 
@@ -34,7 +41,11 @@ def drive_failure(path: Path, error: Exception) -> str | None:
         check_mounted(path)
     except OSError as gone:
         return reason(gone)
-    return reason(with_cause) if isinstance(with_cause, OSError) and with_cause.errno not in _NOT_OF_DRIVE else None
+    return (
+        reason(with_cause)
+        if isinstance(with_cause, OSError) and with_cause.errno not in _NOT_OF_DRIVE
+        else None
+    )
 
 
 class DriveCopy:
@@ -64,7 +75,9 @@ class DriveCopy:
 
     def _read_the_rest(self) -> None:
         for folder, folders, files in os.walk(self.run):  # which passes over what it cannot list
-            folders[:] = [name for name in folders if name != "checkpoints" and not name.endswith(".partial")]
+            folders[:] = [
+                name for name in folders if name != "checkpoints" and not name.endswith(".partial")
+            ]
             for name in (os.path.relpath(os.path.join(folder, file), self.run) for file in files):
                 if not name.endswith((".partial", ".lock")) and not (self._kept() / name).exists():
                     self.add(name)

@@ -10,7 +10,9 @@ class QLoraError(ValueError):
 
 def reason(error: Exception) -> str:
     """What went wrong, in a line without the path."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return (
+        getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    )
 
 
 class ConfigError(QLoraError):

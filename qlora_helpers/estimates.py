@@ -32,18 +32,36 @@ def model_size(config: PreTrainedConfig) -> ModelSize | None:
     """The size of the model that `config` describes; nothing is loaded. None for one that is no plain language model."""
     try:
         return _model_size(config)
-    except (AttributeError, ValueError, TypeError, LookupError):  # loading will say what is wrong with it
+    except (
+        AttributeError,
+        ValueError,
+        TypeError,
+        LookupError,
+    ):  # loading will say what is wrong with it
         return None
 
 
 def _model_size(config: PreTrainedConfig) -> ModelSize:
-    plain = type(config).from_dict({k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "_name_or_path")})
+    plain = type(config).from_dict(
+        {
+            k: v
+            for k, v in config.to_dict().items()
+            if k not in ("quantization_config", "_name_or_path")
+        }
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(plain, dtype=torch.float16)
-    linear = [module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)]
+    linear = [
+        module for module in model.base_model.modules() if isinstance(module, torch.nn.Linear)
+    ]
     in_linear = sum(module.weight.numel() for module in linear)
-    return ModelSize(in_linear, sum(p.numel() for p in model.parameters()) - in_linear,
-                     sum(module.in_features + module.out_features for module in linear), plain.num_hidden_layers, plain.hidden_size)
+    return ModelSize(
+        in_linear,
+        sum(p.numel() for p in model.parameters()) - in_linear,
+        sum(module.in_features + module.out_features for module in linear),
+        plain.num_hidden_layers,
+        plain.hidden_size,
+    )
 
 
 def bytes_written(size: ModelSize, config: RunConfig) -> int:
@@ -71,7 +89,11 @@ def rows_on_cpu(config: RunConfig, gib: float) -> int | None:
 
 
 def _cuts(config: RunConfig) -> list[int]:
-    return [rows for rows in range(config.effective_batch_size, 0, -1) if config.effective_batch_size % rows == 0]
+    return [
+        rows
+        for rows in range(config.effective_batch_size, 0, -1)
+        if config.effective_batch_size % rows == 0
+    ]
 
 
 def minutes(config: RunConfig, download: int) -> dict[str, float]:
@@ -84,7 +106,15 @@ def minutes(config: RunConfig, download: int) -> dict[str, float]:
     examples = 5.0 if cpu else score  # with four solved examples before each row
     # to start and fetch; to plan, compile and load again; to count words and draw
     load, plan, draw = (0.4, 0.7, 0.7) if cpu else (1.5 + download / _DOWNLOAD / 60, 2, 0.5)
-    trained = config.train_size * config.num_epochs / train + config.validation_size * (config.num_epochs + 2) / score
+    trained = (
+        config.train_size * config.num_epochs / train
+        + config.validation_size * (config.num_epochs + 2) / score
+    )
     scored = config.test_size * (2 / score + 1 / examples) + config.validation_size / score
-    return {"01": 0.2 if cpu else 1, "02": 0.3 if cpu else 2, "03": trained / 60 + load + plan, "04": scored / 60 + load + draw,
-            "05": load + 0.2}
+    return {
+        "01": 0.2 if cpu else 1,
+        "02": 0.3 if cpu else 2,
+        "03": trained / 60 + load + plan,
+        "04": scored / 60 + load + draw,
+        "05": load + 0.2,
+    }

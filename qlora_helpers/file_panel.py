@@ -18,12 +18,31 @@ class FilePanel(ipw.VBox):
 
     def __init__(self, classifier: HeadlineClassifier):
         self.classifier, self.table = classifier, None
-        self.upload = ipw.FileUpload(accept=".csv,.txt", multiple=False, description="CSV or .txt", layout=ipw.Layout(width="auto"))
-        self.lines = ipw.Textarea(placeholder="or paste one text a line", rows=4, description="Lines", layout=ipw.Layout(width="99%"))
-        self.button = ipw.Button(description="Classify all", button_style="primary", tooltip="Classify the lines or the file above")
-        self.bar = ipw.IntProgress(0, min=0, max=1, layout=ipw.Layout(width="99%", visibility="hidden"))
+        self.upload = ipw.FileUpload(
+            accept=".csv,.txt",
+            multiple=False,
+            description="CSV or .txt",
+            layout=ipw.Layout(width="auto"),
+        )
+        self.lines = ipw.Textarea(
+            placeholder="or paste one text a line",
+            rows=4,
+            description="Lines",
+            layout=ipw.Layout(width="99%"),
+        )
+        self.button = ipw.Button(
+            description="Classify all",
+            button_style="primary",
+            tooltip="Classify the lines or the file above",
+        )
+        self.bar = ipw.IntProgress(
+            0, min=0, max=1, layout=ipw.Layout(width="99%", visibility="hidden")
+        )
         self.answer = ipw.HTML(layout=ipw.Layout(width="99%"))
-        super().__init__([ipw.HBox([self.upload, self.button]), self.lines, self.bar, self.answer], layout=ipw.Layout(max_width="720px"))
+        super().__init__(
+            [ipw.HBox([self.upload, self.button]), self.lines, self.bar, self.answer],
+            layout=ipw.Layout(max_width="720px"),
+        )
         self.button.on_click(lambda _: self.run())
 
     def run(self) -> None:
@@ -34,7 +53,9 @@ class FilePanel(ipw.VBox):
         except KeyboardInterrupt:  # the notebook's stop button
             self.answer.value = "<p>Stopped. Nothing was kept.</p>"
         except Exception as error:  # in a callback, Jupyter would swallow it or show a traceback
-            self.answer.value = f"<p>This could not be classified: {escape(str(error) or type(error).__name__)}</p>"
+            self.answer.value = (
+                f"<p>This could not be classified: {escape(str(error) or type(error).__name__)}</p>"
+            )
         finally:
             self.bar.layout.visibility = "hidden"
 
@@ -55,9 +76,15 @@ class FilePanel(ipw.VBox):
             done += rows
             if time.perf_counter() - told > 0.2:  # a message to the browser each
                 told, self.bar.value = time.perf_counter(), min(done, self.bar.max)
+
         table = classify_file(self.classifier, data, name, progress)
         self.table, seconds = table, time.perf_counter() - start
-        return _result(table, table.columns[-len(self.classifier.labels) - 2], f"{Path(name).stem}_labels.csv", seconds)
+        return _result(
+            table,
+            table.columns[-len(self.classifier.labels) - 2],
+            f"{Path(name).stem}_labels.csv",
+            seconds,
+        )
 
 
 def _uploaded(value) -> tuple[str, bytes]:
@@ -71,11 +98,22 @@ def _uploaded(value) -> tuple[str, bytes]:
 
 
 def _result(table: pd.DataFrame, label: str, name: str, seconds: float) -> str:
-    link = base64.b64encode(table.to_csv(index=False, lineterminator="\n").encode(errors="replace")).decode()
-    first = table.head(5).map(lambda cell: cell[:80] if isinstance(cell, str) else "" if cell != cell else f"{cell:.1%}")
+    link = base64.b64encode(
+        table.to_csv(index=False, lineterminator="\n").encode(errors="replace")
+    ).decode()
+    first = table.head(5).map(
+        lambda cell: cell[:80] if isinstance(cell, str) else "" if cell != cell else f"{cell:.1%}"
+    )
     counts = table[label].value_counts()
     empty = int(counts.pop(NO_TEXT)) if NO_TEXT in counts else 0
-    said = ", ".join(f"{count:,} {escape(str(value))}" for value, count in counts.items()) or "none with a text"
-    return (f"<p>{len(table):,} rows in {seconds:.1f} s: {said}" + f"; {empty:,} without a text" * bool(empty) + ".</p>"
-            f'<p><a download="{escape(name)}" href="data:text/csv;charset=utf-8;base64,{link}">Download {escape(name)}</a></p>'
-            + first.to_html(index=False, border=0).encode(errors="replace").decode())
+    said = (
+        ", ".join(f"{count:,} {escape(str(value))}" for value, count in counts.items())
+        or "none with a text"
+    )
+    return (
+        f"<p>{len(table):,} rows in {seconds:.1f} s: {said}"
+        + f"; {empty:,} without a text" * bool(empty)
+        + ".</p>"
+        f'<p><a download="{escape(name)}" href="data:text/csv;charset=utf-8;base64,{link}">Download {escape(name)}</a></p>'
+        + first.to_html(index=False, border=0).encode(errors="replace").decode()
+    )

@@ -17,7 +17,11 @@ from safetensors import SafetensorError
 from qlora_helpers.colab import check_mounted
 from qlora_helpers.errors import WorkspaceError, reason
 
-FAILURES = (OSError, RuntimeError, SafetensorError)  # what a write that fails raises: torch.save, for one, a RuntimeError
+FAILURES = (
+    OSError,
+    RuntimeError,
+    SafetensorError,
+)  # what a write that fails raises: torch.save, for one, a RuntimeError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -34,13 +38,16 @@ def write_file(path: Path, data: bytes) -> None:
             shutil.rmtree(beside)
         with open(beside, "wb") as file:
             file.write(data)
+
     _tried(write, path)
     put_in_place(beside, path)
 
 
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it. Raises OSError if it cannot be, or if Drive has gone from under it."""
-    check_mounted(path)  # a folder made there now would be on the local disk, and in the way of the next mount
+    check_mounted(
+        path
+    )  # a folder made there now would be on the local disk, and in the way of the next mount
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -63,7 +70,9 @@ def put_in_place(beside: Path, path: Path) -> None:
     for part in [*beside.iterdir(), beside] if beside.is_dir() else [beside]:
         flush(part)
     if path.is_dir() and not path.is_symlink():
-        _tried(partial(shutil.rmtree, path), path)  # a rename replaces no folder that holds something
+        _tried(
+            partial(shutil.rmtree, path), path
+        )  # a rename replaces no folder that holds something
     _tried(partial(os.replace, beside, path), path)
     flush(path.parent)
 
@@ -78,7 +87,11 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # a mounted Drive may know no such thing for folders
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+            errno.ENOSYS,
+        ):  # a mounted Drive may know no such thing for folders
             raise
     finally:
         os.close(descriptor)
@@ -89,7 +102,10 @@ def _tried(write: Callable[[], None], path: Path) -> None:
         try:
             return write()
         except OSError as error:
-            if wait is None or error.errno in _FULL | _CLOSED | _IN_THE_WAY | {errno.ENOENT, errno.ENOTCONN}:
+            if wait is None or error.errno in _FULL | _CLOSED | _IN_THE_WAY | {
+                errno.ENOENT,
+                errno.ENOTCONN,
+            }:
                 raise cannot_write(path, error) from error
         time.sleep(wait)
 
@@ -102,8 +118,14 @@ def cannot_write(path: Path, error: Exception) -> WorkspaceError:
     elif number in _IN_THE_WAY:
         remedy = "Remove what stands in its place"
     else:
-        remedy = "Free some space there" if number in _FULL else "See that its disk, or the mounted Drive, is there and has space"
-    return WorkspaceError(f"{path} cannot be written ({reason(error)}). {remedy}; then run this notebook again.")
+        remedy = (
+            "Free some space there"
+            if number in _FULL
+            else "See that its disk, or the mounted Drive, is there and has space"
+        )
+    return WorkspaceError(
+        f"{path} cannot be written ({reason(error)}). {remedy}; then run this notebook again."
+    )
 
 
 @contextlib.contextmanager
@@ -125,7 +147,10 @@ def ordinary(path: Path) -> int:
     """The size of a file in bytes. Raises OSError for anything else that stands in its place: a pipe would be waited for."""
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "Is a directory" if stat.S_ISDIR(found.st_mode) else "Not an ordinary file")
+        raise OSError(
+            errno.EINVAL,
+            "Is a directory" if stat.S_ISDIR(found.st_mode) else "Not an ordinary file",
+        )
     return found.st_size
 
 
@@ -154,4 +179,6 @@ def _seal(content: dict) -> str:
 
 def nearest(folder: Path) -> Path:
     """`folder`, or the nearest folder above it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path))  # False if Drive has died
+    return next(
+        path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)
+    )  # False if Drive has died

@@ -9,7 +9,12 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token, hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import logging, tqdm
 
@@ -19,12 +24,28 @@ from qlora_helpers.errors import QLoraError
 ANSWER_SECONDS = 8  # for the list of files
 SILENCE_SECONDS = 15  # without a byte, before a download is given up
 _SHARD = r"model-\d{5}-of-(\d{5})\.safetensors"
-_SETTINGS = ("config.json", "generation_config.json", "model.safetensors.index.json", "token*.json", "special_tokens_map.json",
-             "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "*.jinja")
+_SETTINGS = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "token*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "*.jinja",
+)
 
 
-def fetch(name: str, kind: str, wanted: Callable[[Iterable[str]], list[str]], error: type[QLoraError], otherwise: str,
-          newest: bool = False) -> Path:
+def fetch(
+    name: str,
+    kind: str,
+    wanted: Callable[[Iterable[str]], list[str]],
+    error: type[QLoraError],
+    otherwise: str,
+    newest: bool = False,
+) -> Path:
     """The folder with the files of the hub's `name` ("model" or "dataset": its `kind`) that `wanted` picks from a list of names.
     Nothing is asked where the cache holds them whole, so that a run goes on without a network; for the `newest`, only where the hub does
     not give them. Raises `error`, with what to do in words and `otherwise`, if the hub does not answer within 8 s or a download brings no
@@ -42,12 +63,18 @@ def fetch(name: str, kind: str, wanted: Callable[[Iterable[str]], list[str]], er
     finally:
         silence.given_up = True
     # the hub raises a dozen kinds; the reader needs one message
-    reason = download.exception() if download.done() else TimeoutError(f"nothing came for {SILENCE_SECONDS} s")
+    reason = (
+        download.exception()
+        if download.done()
+        else TimeoutError(f"nothing came for {SILENCE_SECONDS} s")
+    )
     if reason is None:
         return download.result()
     if folder:
         return folder
-    raise error(f"{name} cannot be loaded from the hub: {explain(name, kind, reason)} {otherwise}") from reason
+    raise error(
+        f"{name} cannot be loaded from the hub: {explain(name, kind, reason)} {otherwise}"
+    ) from reason
 
 
 def files(name: str, kind: str) -> tuple[str, dict[str, int]]:
@@ -61,7 +88,9 @@ def cached(name: str, kind: str, wanted: Callable[[Iterable[str]], list[str]]) -
     """The newest snapshot of `name` in the hub's cache, if what `wanted` picks there is enough to load."""
     try:
         storage = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)
-        folder = storage / "snapshots" / (storage / "refs" / "main").read_text(encoding="utf-8").strip()
+        folder = (
+            storage / "snapshots" / (storage / "refs" / "main").read_text(encoding="utf-8").strip()
+        )
         return folder if wanted(file_names(folder)) else None
     except (OSError, ValueError):
         return None
@@ -77,9 +106,17 @@ def checkpoint_files(names: Iterable[str]) -> list[str]:
     same weights in other formats. Empty if the weights are not there whole."""
     names = sorted(names)
     shards = [(name, int(match[1])) for name in names if (match := re.fullmatch(_SHARD, name))]
-    weights = [name for name in names if name == "model.safetensors"] or [name for name, count in shards if count == len(shards)]
-    settings = [name for name in names if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in _SETTINGS)]
-    whole = weights and "config.json" in names and {"tokenizer.json", "tokenizer.model"} & set(names)
+    weights = [name for name in names if name == "model.safetensors"] or [
+        name for name, count in shards if count == len(shards)
+    ]
+    settings = [
+        name
+        for name in names
+        if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in _SETTINGS)
+    ]
+    whole = (
+        weights and "config.json" in names and {"tokenizer.json", "tokenizer.model"} & set(names)
+    )
     return settings + weights if whole else []
 
 
@@ -91,12 +128,16 @@ def explain(name: str, kind: str, reason: Exception) -> str:
     token = "the token in HF_TOKEN" if get_token() else "no token"
     status = getattr(getattr(reason, "response", None), "status_code", None)
     if isinstance(reason, GatedRepoError) or status == 403:
-        return (f"it has conditions, and with {token} the hub answers {status}. Accept them at {page}, and set HF_TOKEN to a read token of "
-                "the account that did.")
+        return (
+            f"it has conditions, and with {token} the hub answers {status}. Accept them at {page}, and set HF_TOKEN to a read token of "
+            "the account that did."
+        )
     match status:
         case 401:
-            return (f"with {token} the hub answers 401. Check the name; a private {kind} needs a token (HF_TOKEN), and an expired one is "
-                    "worse than none: make a new one or unset it.")
+            return (
+                f"with {token} the hub answers 401. Check the name; a private {kind} needs a token (HF_TOKEN), and an expired one is "
+                "worse than none: make a new one or unset it."
+            )
         case 404:
             return f"there is no such {kind} (404). Check the name."
         case 429:
@@ -112,8 +153,10 @@ def explain(name: str, kind: str, reason: Exception) -> str:
             return str(reason)
         case OSError(errno=28):
             return f"the disk of {constants.HF_HUB_CACHE} is full. Make room, or set HF_HOME to another disk."
-    return (f"{constants.ENDPOINT} cannot be reached, or stopped answering ({type(reason).__name__}). Check the connection and run this "
-            "cell again: a download goes on where it stopped.")
+    return (
+        f"{constants.ENDPOINT} cannot be reached, or stopped answering ({type(reason).__name__}). Check the connection and run this "
+        "cell again: a download goes on where it stopped."
+    )
 
 
 def _download(name: str, kind: str, wanted: Callable, silence: "_Silence") -> Path:
@@ -123,13 +166,19 @@ def _download(name: str, kind: str, wanted: Callable, silence: "_Silence") -> Pa
         commit, sizes = files(name, kind)
         picked = wanted(sizes)
         if not picked:
-            raise _Unusable(f"it holds no {'weights as safetensors' if kind == 'model' else 'Parquet files'} that could be used here. "
-                            "Check the name.")
+            raise _Unusable(
+                f"it holds no {'weights as safetensors' if kind == 'model' else 'Parquet files'} that could be used here. "
+                "Check the name."
+            )
         for file in picked:
             silence.broken()
-            path = hf_hub_download(name, file, repo_type=kind, revision=commit, tqdm_class=silence.bar)
+            path = hf_hub_download(
+                name, file, repo_type=kind, revision=commit, tqdm_class=silence.bar
+            )
         folder = Path(path).parents[file.count("/")]
-        ref = folder.parents[1] / "refs" / "main"  # a download by its commit leaves none, and `cached` looks for it
+        ref = (
+            folder.parents[1] / "refs" / "main"
+        )  # a download by its commit leaves none, and `cached` looks for it
         ref.parent.mkdir(exist_ok=True)
         ref.write_text(commit, encoding="utf-8")
         return folder

@@ -12,8 +12,10 @@ from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, RunConfig
 from qlora_helpers.files import reason
 
 SECRET_SECONDS = 20  # for Colab to answer; a dialog of its own may be open meanwhile
-_REMEDY = ("If the base model asks for a token: the key in Colab's left margin, add HF_TOKEN, allow this notebook to read it, then "
-           "Runtime > Restart session and run all. Models and data without conditions need none.")
+_REMEDY = (
+    "If the base model asks for a token: the key in Colab's left margin, add HF_TOKEN, allow this notebook to read it, then "
+    "Runtime > Restart session and run all. Models and data without conditions need none."
+)
 _found: "Token | None" = None
 
 
@@ -38,7 +40,13 @@ def use_token(config: RunConfig, again: bool = False) -> Token:
         if secret:
             os.environ["HF_TOKEN"] = secret
         else:
-            source = "HF_TOKEN in the environment" if os.environ.get("HF_TOKEN") else "the stored login" if get_token() else None
+            source = (
+                "HF_TOKEN in the environment"
+                if os.environ.get("HF_TOKEN")
+                else "the stored login"
+                if get_token()
+                else None
+            )
             _found = Token(source, _found.note, _found.warning, _found.remedy)
         if _found.warning and not again:  # the doctor shows it itself
             print(f"{_found.note} {_found.remedy}")
@@ -47,12 +55,17 @@ def use_token(config: RunConfig, again: bool = False) -> Token:
 
 def needs_hub(config: RunConfig) -> bool:
     """Whether the base model or the data come from the hub."""
-    return config.data == AG_NEWS or config.base_model != EMBEDDED_MODEL and not os.path.isdir(config.base_model)
+    return (
+        config.data == AG_NEWS
+        or config.base_model != EMBEDDED_MODEL
+        and not os.path.isdir(config.base_model)
+    )
 
 
 def _colab_secret() -> tuple[str | None, Token]:
     def ask() -> str | None:
         from google.colab import userdata
+
         return (userdata.get("HF_TOKEN") or "").strip() or None
 
     secret, token = None, Token("Colab's secret HF_TOKEN")
@@ -66,8 +79,16 @@ def _colab_secret() -> tuple[str | None, Token]:
         elif kind == "NotebookAccessError":
             token = Token(None, "This notebook may not read Colab's secret HF_TOKEN.")
         else:  # TimeoutException, and whatever else keeps Colab's page from answering
-            token = Token(None, f"Colab's secret HF_TOKEN did not come ({reason(error).rstrip('.')}): going on without it.", True, _REMEDY)
-    with contextlib.suppress(ImportError):  # huggingface_hub would ask again, without an end where the first question still hangs
+            token = Token(
+                None,
+                f"Colab's secret HF_TOKEN did not come ({reason(error).rstrip('.')}): going on without it.",
+                True,
+                _REMEDY,
+            )
+    with contextlib.suppress(
+        ImportError
+    ):  # huggingface_hub would ask again, without an end where the first question still hangs
         from huggingface_hub.utils import _auth
+
         _auth._IS_GOOGLE_COLAB_CHECKED, _auth._GOOGLE_COLAB_SECRET = True, secret
     return secret, token

@@ -44,18 +44,27 @@ class Lock:
         file = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC)
+            file = os.open(
+                self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            )
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(OSError):  # a full disk: it is locked without a name
                 os.ftruncate(file, 0)
-                os.write(file, f"{purpose}, process {os.getpid()}, since {time.strftime('%H:%M:%S UTC', time.gmtime())}".encode())
+                os.write(
+                    file,
+                    f"{purpose}, process {os.getpid()}, since {time.strftime('%H:%M:%S UTC', time.gmtime())}".encode(),
+                )
         except BlockingIOError:
             holder = os.read(file, 200).decode(errors="replace")
             os.close(file)
-            raise WorkspaceError(f"another notebook is writing to {self.folder} ({holder}). Nothing was written. Wait for it, or stop it; "
-                                 "then run this notebook again.") from None
+            raise WorkspaceError(
+                f"another notebook is writing to {self.folder} ({holder}). Nothing was written. Wait for it, or stop it; "
+                "then run this notebook again."
+            ) from None
         except OSError as error:
             if not self.folder.is_dir():
                 raise cannot_write(self.folder, error) from error
-            print(f"{self.folder}/.lock cannot be locked ({reason(error)}): see that no other notebook writes there meanwhile.")
+            print(
+                f"{self.folder}/.lock cannot be locked ({reason(error)}): see that no other notebook writes there meanwhile."
+            )
         return file

@@ -29,10 +29,17 @@ def fuse_lora(model: PeftModel) -> PeftModel:
     scales float32 (the same values): move or deep-copy a model before, not after.
     """
     for block in list(model.modules()):
-        block.__dict__.pop("forward", None)  # of an adapter that was there before: kept, it would hold that one's memory
+        block.__dict__.pop(
+            "forward", None
+        )  # of an adapter that was there before: kept, it would hold that one's memory
         kind = type(block).__name__
         if kind in {family + "RMSNorm" for family in _FAMILIES} and block.weight.is_cuda:
-            block.forward = partial(rms_norm, normalized_shape=block.weight.shape, weight=block.weight, eps=block.variance_epsilon)
+            block.forward = partial(
+                rms_norm,
+                normalized_shape=block.weight.shape,
+                weight=block.weight,
+                eps=block.variance_epsilon,
+            )
         elif kind in {family + "Attention" for family in _FAMILIES}:
             groups = _groups([block.q_proj, block.k_proj, block.v_proj], [block.o_proj])
             if groups:
@@ -41,9 +48,15 @@ def fuse_lora(model: PeftModel) -> PeftModel:
             groups = _groups([block.gate_proj, block.up_proj], [block.down_proj])
             if groups:
                 block.forward = partial(_mlp, *groups, block.forward)
-    layers = [block for block in model.modules() if type(block).__name__ in {family + "DecoderLayer" for family in _FAMILIES}]
+    layers = [
+        block
+        for block in model.modules()
+        if type(block).__name__ in {family + "DecoderLayer" for family in _FAMILIES}
+    ]
     if layers and "forward" in vars(layers[-1].mlp):
-        layers[-1].forward = partial(_last_layer, layers[-1], layers[-1].mlp.forward.args[0], layers[-1].forward)
+        layers[-1].forward = partial(
+            _last_layer, layers[-1], layers[-1].mlp.forward.args[0], layers[-1].forward
+        )
     return model
 
 
@@ -52,8 +65,15 @@ def _groups(*groups) -> "list[_Group] | None":
         if not isinstance(layer, LoraLayer) or layer.lora_variant or any(layer.lora_bias.values()):
             return None
         base = layer.base_layer
-        packed = getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False)  # has no backward
-        if packed or type(base) not in (Linear4bit, nn.Linear) or base.bias is not None or base.weight.requires_grad:
+        packed = getattr(
+            getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False
+        )  # has no backward
+        if (
+            packed
+            or type(base) not in (Linear4bit, nn.Linear)
+            or base.bias is not None
+            or base.weight.requires_grad
+        ):
             return None
     return [_Group(group) for group in groups]
 
@@ -67,12 +87,22 @@ class _Group:
         self.weight = _merge(weights, [weight.data for weight in weights], "data")
         if isinstance(layers[0].base_layer, Linear4bit):
             states = [weight.quant_state for weight in weights]
-            scales = [dequantize_blockwise(s.absmax, s.state2) + s.offset if s.nested else s.absmax for s in states]
-            scales, shape = _merge(states, scales, "absmax"), torch.Size([sum(self.sizes), states[0].shape[1]])
+            scales = [
+                dequantize_blockwise(s.absmax, s.state2) + s.offset if s.nested else s.absmax
+                for s in states
+            ]
+            scales, shape = (
+                _merge(states, scales, "absmax"),
+                torch.Size([sum(self.sizes), states[0].shape[1]]),
+            )
             for state in states:
                 state.nested, state.state2, state.offset = False, None, None
-            dtype = layers[0].base_layer.compute_dtype or state.dtype  # a checkpoint quantised elsewhere may say another
-            self.state = QuantState(scales, shape, state.code, state.blocksize, state.quant_type, dtype)
+            dtype = (
+                layers[0].base_layer.compute_dtype or state.dtype
+            )  # a checkpoint quantised elsewhere may say another
+            self.state = QuantState(
+                scales, shape, state.code, state.blocksize, state.quant_type, dtype
+            )
 
     def adapter(self) -> tuple | None:
         """Scaling and present dropout rate of the one adapter, the same in all layers; zeros if it is switched off. None where there is
@@ -82,7 +112,13 @@ class _Group:
             return 0.0, 0.0
         found = set()
         for layer in self.layers:
-            if others or layer.disable_adapters or layer.merged or layer.active_adapters != [name] or name not in layer.lora_A:
+            if (
+                others
+                or layer.disable_adapters
+                or layer.merged
+                or layer.active_adapters != [name]
+                or name not in layer.lora_A
+            ):
                 return None
             dropout = layer.lora_dropout[name]  # an Identity where the rate is zero
             rate = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
@@ -98,7 +134,11 @@ class _Group:
         if self.is_off():
             return []
         name = self.layers[0].active_adapters[0]
-        return [getattr(layer, matrix)[name].weight for matrix in ("lora_A", "lora_B") for layer in self.layers]
+        return [
+            getattr(layer, matrix)[name].weight
+            for matrix in ("lora_A", "lora_B")
+            for layer in self.layers
+        ]
 
     def frozen(self, dtype) -> torch.Tensor:
         """(outputs of all, inputs)"""
@@ -106,7 +146,12 @@ class _Group:
 
     def tuned(self) -> torch.Tensor:
         """(outputs of all, inputs) in float32: the frozen weights and each layer's scaled B A added up, to read only."""
-        weight, (scaling, _), matrices, n = self.frozen(torch.float32), self.adapter(), self.parameters(), len(self.layers)
+        weight, (scaling, _), matrices, n = (
+            self.frozen(torch.float32),
+            self.adapter(),
+            self.parameters(),
+            len(self.layers),
+        )
         if not matrices:
             return weight
         if not self.state:
@@ -118,17 +163,24 @@ class _Group:
     def adapted(self, parameters, scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A (n r, inputs) times `scale`, and B (outputs of all, n r), block-diagonal."""
         n = len(self.layers)
-        if not parameters:  # rank 0: its product is a matrix of zeros, to which the frozen product is added as ever
+        if (
+            not parameters
+        ):  # rank 0: its product is a matrix of zeros, to which the frozen product is added as ever
             empty = torch.empty(0, device=self.weight.device, dtype=dtype)
             return empty.view(0, self.layers[0].in_features), empty.view(sum(self.sizes), 0)
-        return torch.cat(parameters[:n]).mul_(scale).to(dtype), torch.block_diag(*parameters[n:]).to(dtype)
+        return torch.cat(parameters[:n]).mul_(scale).to(dtype), torch.block_diag(
+            *parameters[n:]
+        ).to(dtype)
 
     def gradients(self, grad_a, grads_b, scale) -> list[torch.Tensor]:
         """Of `parameters`, in float32, from those of A (n r, inputs) and of each layer's rows of B (outputs, n r)."""
         n = len(self.layers)
         if not len(grad_a):
             return []
-        return [*grad_a.float().mul_(scale).chunk(n), *(grad.chunk(n, 1)[i].float() for i, grad in enumerate(grads_b))]
+        return [
+            *grad_a.float().mul_(scale).chunk(n),
+            *(grad.chunk(n, 1)[i].float() for i, grad in enumerate(grads_b)),
+        ]
 
 
 def _merge(owners, tensors, attribute) -> torch.Tensor:
@@ -138,11 +190,34 @@ def _merge(owners, tensors, attribute) -> torch.Tensor:
     return whole
 
 
-def _attention(block, qkv, out, plain, hidden_states, position_embeddings, attention_mask=None, *args, real=None, place=None,
-               shape=None, **kwargs):
+def _attention(
+    block,
+    qkv,
+    out,
+    plain,
+    hidden_states,
+    position_embeddings,
+    attention_mask=None,
+    *args,
+    real=None,
+    place=None,
+    shape=None,
+    **kwargs,
+):
     if real is None or not (qkv.adapter() and out.adapter()):
-        return plain(hidden_states, position_embeddings, attention_mask, *args, real=real, place=place, shape=shape, **kwargs)
-    query, key, value = _Heads.apply(_linear(qkv, hidden_states[0]), *position_embeddings, real, place, shape, block)
+        return plain(
+            hidden_states,
+            position_embeddings,
+            attention_mask,
+            *args,
+            real=real,
+            place=place,
+            shape=shape,
+            **kwargs,
+        )
+    query, key, value = _Heads.apply(
+        _linear(qkv, hidden_states[0]), *position_embeddings, real, place, shape, block
+    )
     attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=block.scaling)
     return _linear(out, take(attended, real))[None], None
 
@@ -154,25 +229,37 @@ def _mlp(pair, down, plain, x):
     if _adds_up(rows, pair, down):
         gate, up = (rows @ weight.T for weight in pair.tuned().split(pair.sizes))
         return (silu(gate, inplace=True).mul_(up) @ down.tuned().T).view_as(x)
-    return _SwiGlu.apply(pair, down, *_choices(pair), *_choices(down), rows, *pair.parameters(), *down.parameters()).view_as(x)
+    return _SwiGlu.apply(
+        pair, down, *_choices(pair), *_choices(down), rows, *pair.parameters(), *down.parameters()
+    ).view_as(x)
 
 
 def _linear(group, x):
-    return x @ group.tuned().T if _adds_up(x, group) else _Linear.apply(group, *_choices(group), x, *group.parameters())
+    return (
+        x @ group.tuned().T
+        if _adds_up(x, group)
+        else _Linear.apply(group, *_choices(group), x, *group.parameters())
+    )
 
 
 def _adds_up(x, *groups) -> bool:
     """Whether weights and B A are added up before the product with x: less work where tokens outnumber inputs and nothing is kept for
     backward, but half precision would round the sum."""
-    return (not torch.is_grad_enabled() and x.dtype == torch.float32 and len(x) > x.shape[1]
-            and not any(group.adapter()[1] for group in groups))
+    return (
+        not torch.is_grad_enabled()
+        and x.dtype == torch.float32
+        and len(x) > x.shape[1]
+        and not any(group.adapter()[1] for group in groups)
+    )
 
 
 def _last_layer(layer, pair, plain, hidden_states, ends=None, **kwargs):
     """`plain`, its MLP for the last token of each row alone: without gradients nothing reads the others."""
     if ends is None or torch.is_grad_enabled() or not pair.adapter():
         return plain(hidden_states, ends=ends, **kwargs)
-    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), ends=ends, **kwargs)
+    attended, _ = layer.self_attn(
+        hidden_states=layer.input_layernorm(hidden_states), ends=ends, **kwargs
+    )
     last = hidden_states[:, ends] + attended[:, ends]
     return hidden_states.index_copy(1, ends, last + layer.mlp(layer.post_attention_layernorm(last)))
 
@@ -208,12 +295,21 @@ class _SwiGlu(torch.autograd.Function):
     """down(silu(gate(x)) * up(x)) for x (tokens, inputs)"""
 
     @staticmethod
-    def forward(ctx, pair, down, scale, rate, seed, down_scale, down_rate, down_seed, x, *parameters):
-        (a, b), (down_a, down_b) = pair.adapted(parameters[:4], scale, x.dtype), down.adapted(parameters[4:], down_scale, x.dtype)
+    def forward(
+        ctx, pair, down, scale, rate, seed, down_scale, down_rate, down_seed, x, *parameters
+    ):
+        (a, b), (down_a, down_b) = (
+            pair.adapted(parameters[:4], scale, x.dtype),
+            down.adapted(parameters[4:], down_scale, x.dtype),
+        )
         inner = passes.drop(x, rate, seed) @ a.T
         # one product each: the halves of a common one would not be contiguous, and every pass over them slower
-        gate, up = ((inner @ rows.T).addmm_(x, weight.T)
-                    for rows, weight in zip(b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes), strict=True))
+        gate, up = (
+            (inner @ rows.T).addmm_(x, weight.T)
+            for rows, weight in zip(
+                b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes), strict=True
+            )
+        )
         hidden, kept = passes.swiglu(gate, up, down_rate, down_seed)
         down_inner = kept @ down_a.T
         ctx.save_for_backward(x, gate, up, inner, a, b, down_inner, down_a, down_b)
@@ -227,13 +323,20 @@ class _SwiGlu(torch.autograd.Function):
         x, gate, up, inner, a, b, down_inner, down_a, down_b = ctx.saved_tensors
         grads_down_b = [grad.T @ down_inner]
         down_inner = grad @ down_b
-        grad_gate, grad_up, kept = passes.swiglu_backward(grad @ down.frozen(x.dtype), down_inner @ down_a, gate, up, down_rate, down_seed)
+        grad_gate, grad_up, kept = passes.swiglu_backward(
+            grad @ down.frozen(x.dtype), down_inner @ down_a, gate, up, down_rate, down_seed
+        )
         of_down = down.gradients(down_inner.T @ kept, grads_down_b, down_scale)
         del kept
         grads_b = [grad_gate.T @ inner, grad_up.T @ inner]
-        (gate_b, up_b), (gate_weight, up_weight) = b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes)
+        (gate_b, up_b), (gate_weight, up_weight) = (
+            b.split(pair.sizes),
+            pair.frozen(x.dtype).split(pair.sizes),
+        )
         inner = (grad_gate @ gate_b).addmm_(grad_up, up_b)
-        grad_x, kept = passes.drop_backward((grad_gate @ gate_weight).addmm_(grad_up, up_weight), inner @ a, x, rate, seed)
+        grad_x, kept = passes.drop_backward(
+            (grad_gate @ gate_weight).addmm_(grad_up, up_weight), inner @ a, x, rate, seed
+        )
         return *[None] * 8, grad_x, *pair.gradients(inner.T @ kept, grads_b, scale), *of_down
 
 
@@ -254,4 +357,12 @@ class _Heads(torch.autograd.Function):
     def backward(ctx, *grads):
         cos, sin, real = ctx.saved_tensors
         grads = [grad.transpose(1, 2).flatten(0, 1) for grad in grads]
-        return passes.heads_backward(*grads, cos[0], sin[0], real, ctx.groups), None, None, None, None, None, None
+        return (
+            passes.heads_backward(*grads, cos[0], sin[0], real, ctx.groups),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -39,11 +39,15 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
     if folder.exists():
         raise ModelError(f"{folder} is there already: delete it, or name another folder.")
     if free < needed:
-        raise ModelError(f"the merged model needs {needed / 1e9:.1f} GB of disk and {folder} has {free / 1e9:.1f} GB free: make room, or "
-                         "name a folder on another disk.")
+        raise ModelError(
+            f"the merged model needs {needed / 1e9:.1f} GB of disk and {folder} has {free / 1e9:.1f} GB free: make room, or "
+            "name a folder on another disk."
+        )
     if (memory := psutil.virtual_memory().available) < 2 * _ROOM:
-        raise ModelError(f"merging needs {2 * _ROOM / 1e9:.1f} GB of host memory and {memory / 1e9:.1f} GB are free: close "
-                         "other notebooks.")
+        raise ModelError(
+            f"merging needs {2 * _ROOM / 1e9:.1f} GB of host memory and {memory / 1e9:.1f} GB are free: close "
+            "other notebooks."
+        )
     layers, others, parts = _layers(base), dict(_others(base)), {}
     for name in (*layers, *others):
         layer = re.match(r"model\.layers\.(\d+)\.", name)
@@ -54,15 +58,27 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
         made.mkdir(parents=True)
         for i, names in enumerate(tqdm(parts.values(), desc="merged", unit="layer"), 1):
             file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
-            tensors = {name: _merged(layers[name]) if name in layers else others[name].detach() for name in names}
-            tensors = {name: tensor.to("cpu", torch.float16).contiguous() for name, tensor in tensors.items()}
+            tensors = {
+                name: _merged(layers[name]) if name in layers else others[name].detach()
+                for name in names
+            }
+            tensors = {
+                name: tensor.to("cpu", torch.float16).contiguous()
+                for name, tensor in tensors.items()
+            }
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                raise ModelError(f"{file} would hold values that float16 cannot: train again with a lower QLORA_LEARNING_RATE.")
+                raise ModelError(
+                    f"{file} would hold values that float16 cannot: train again with a lower QLORA_LEARNING_RATE."
+                )
             save_file(tensors, made / file, {"format": "pt"})
             places |= dict.fromkeys(names, file)
-        (made / "model.safetensors.index.json").write_text(json.dumps(
-            {"metadata": {"total_size": needed - _ROOM}, "weight_map": places}, indent=1))
-        config = base.config.to_dict() | {"dtype": "float16", "architectures": [type(base).__name__]}
+        (made / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": needed - _ROOM}, "weight_map": places}, indent=1)
+        )
+        config = base.config.to_dict() | {
+            "dtype": "float16",
+            "architectures": [type(base).__name__],
+        }
         config.pop("quantization_config", None)
         type(base.config).from_dict(config).save_pretrained(made)
         classifier.tokenizer.save_pretrained(made)
@@ -75,11 +91,19 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
 
 
 def _layers(base) -> dict[str, LoraLayer]:
-    return {f"{name}.weight": module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    return {
+        f"{name}.weight": module
+        for name, module in base.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def _others(base) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in base.named_parameters() if "lora_" not in name and ".base_layer." not in name]
+    return [
+        (name, p)
+        for name, p in base.named_parameters()
+        if "lora_" not in name and ".base_layer." not in name
+    ]
 
 
 @torch.no_grad()

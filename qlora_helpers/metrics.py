@@ -16,17 +16,29 @@ class ClassificationScores(evaluate.Metric):
 
     def _info(self):
         return evaluate.MetricInfo(
-            description=self.__doc__, citation="", inputs_description="label indices",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}))
+            description=self.__doc__,
+            citation="",
+            inputs_description="label indices",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+        )
 
     def _compute(self, predictions, references, label_count):
-        macro_f1 = f1_score(references, predictions, labels=range(label_count), average="macro", zero_division=0)
-        return {"accuracy": float(accuracy_score(references, predictions)), "macro_f1": float(macro_f1)}
+        macro_f1 = f1_score(
+            references, predictions, labels=range(label_count), average="macro", zero_division=0
+        )
+        return {
+            "accuracy": float(accuracy_score(references, predictions)),
+            "macro_f1": float(macro_f1),
+        }
 
 
 def scores(predictions, references, labels: Sequence[str]) -> dict[str, float]:
     """`accuracy` and `macro_f1` of indices into `labels`, through ClassificationScores."""
-    return ClassificationScores(keep_in_memory=True).compute(predictions=predictions, references=references, label_count=len(labels))
+    return ClassificationScores(keep_in_memory=True).compute(
+        predictions=predictions, references=references, label_count=len(labels)
+    )
 
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
@@ -35,8 +47,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     return interval.low, interval.high
 
 
-def macro_f1_interval(predictions, references, labels: Sequence[str], draws: int = 10_000,
-                      seed: int = 0) -> tuple[float, float]:
+def macro_f1_interval(
+    predictions, references, labels: Sequence[str], draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
     """The 95% interval of a macro-F1, from `draws` of the confusion matrix's posterior.
 
     The prior is a Dirichlet: half a row that is right and half a row that is wrong, each spread
@@ -59,7 +72,10 @@ def macro_f1_interval(predictions, references, labels: Sequence[str], draws: int
 
 def mcnemar(predictions, others, references) -> float:
     """The exact two-sided p-value of two systems' being equally often right where they differ (McNemar, 1947); 1 if they never do."""
-    right, other_right = np.asarray(predictions) == np.asarray(references), np.asarray(others) == np.asarray(references)
+    right, other_right = (
+        np.asarray(predictions) == np.asarray(references),
+        np.asarray(others) == np.asarray(references),
+    )
     wins, losses = int((right & ~other_right).sum()), int((~right & other_right).sum())
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
@@ -69,14 +85,22 @@ def p_text(p: float) -> str:
     return f"{p:.2g}" if p >= 1e-16 else "<1e-16"
 
 
-def reliability(probabilities: np.ndarray, references, bins: int = 15) -> tuple[pd.DataFrame, float]:
+def reliability(
+    probabilities: np.ndarray, references, bins: int = 15
+) -> tuple[pd.DataFrame, float]:
     """How far confidence can be trusted: `confidence` and `accuracy` (means) and `rows` of each bin of equal width that holds rows, and the
     expected calibration error, their mean absolute gap weighted by rows (arXiv:1706.04599)."""
-    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == np.asarray(references)
+    confidence, right = (
+        probabilities.max(axis=1),
+        probabilities.argmax(axis=1) == np.asarray(references),
+    )
     table = pd.DataFrame({"confidence": confidence, "accuracy": right})
     table = table.groupby(_bins(confidence, bins)).agg(
-        confidence=("confidence", "mean"), accuracy=("accuracy", "mean"), rows=("accuracy", "size"))
-    return table, float((table.rows * (table.confidence - table.accuracy).abs()).sum() / len(confidence))
+        confidence=("confidence", "mean"), accuracy=("accuracy", "mean"), rows=("accuracy", "size")
+    )
+    return table, float(
+        (table.rows * (table.confidence - table.accuracy).abs()).sum() / len(confidence)
+    )
 
 
 def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
@@ -84,8 +108,9 @@ def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
     return np.clip(np.ceil(confidence * bins).astype(int), 1, bins)
 
 
-def ece_by_chance(probabilities: np.ndarray, bins: int = 15, draws: int = 1000,
-                  seed: int = 0) -> np.ndarray:
+def ece_by_chance(
+    probabilities: np.ndarray, bins: int = 15, draws: int = 1000, seed: int = 0
+) -> np.ndarray:
     """(draws,) calibration errors, as in `reliability`, that chance alone gives on so many rows.
     Each is that of labels drawn from `probabilities`, which are then perfectly calibrated."""
     confidence, rng = probabilities.max(axis=1), np.random.default_rng(seed)
@@ -112,11 +137,18 @@ def fit_temperature(probabilities: np.ndarray, references) -> tuple[float, str]:
     def penalised(log_temperature):
         return losses(np.exp(log_temperature)).mean() + (log_temperature / 0.5) ** 2 / 2 / len(rows)
 
-    best = float(np.exp(minimize_scalar(penalised, bounds=np.log([0.25, 10]), method="bounded",
-                                        options={"xatol": 1e-6}).x))
+    best = float(
+        np.exp(
+            minimize_scalar(
+                penalised, bounds=np.log([0.25, 10]), method="bounded", options={"xatol": 1e-6}
+            ).x
+        )
+    )
     twice_the_gain = 2 * float(losses(1.0).sum() - losses(best).sum())
-    compared = (f"twice the gain in log-likelihood of {best:.2f} over 1 is {twice_the_gain:.1f} on "
-                f"{len(rows)} validation rows")
+    compared = (
+        f"twice the gain in log-likelihood of {best:.2f} over 1 is {twice_the_gain:.1f} on "
+        f"{len(rows)} validation rows"
+    )
     if twice_the_gain > 3.84:
         return best, f"The temperature is {best:.2f}: {compared}, above 3.84."
     return 1.0, f"The temperature is 1, which changes nothing: {compared}, not above 3.84."
@@ -129,17 +161,32 @@ def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarra
     return np.maximum(powers / powers.sum(axis=1, keepdims=True), 1e-300)
 
 
-def scoreboard(references: list[int], systems: dict[str, list[int]], labels: Sequence[str],
-               rows_per_second: dict[str, float] | None = None) -> pd.DataFrame:
+def scoreboard(
+    references: list[int],
+    systems: dict[str, list[int]],
+    labels: Sequence[str],
+    rows_per_second: dict[str, float] | None = None,
+) -> pd.DataFrame:
     """One row for each system's predictions: `accuracy` and `macro_f1`, each with its 95% interval, `p_value` of McNemar's test against
     the last system, `rows_per_second` where it is known, and `correct` of `rows`."""
     table, last = {}, list(systems)[-1]
     for name, predictions in systems.items():
         correct = int(sum(p == r for p, r in zip(predictions, references, strict=True)))
-        both, (low, high) = scores(predictions, references, labels), wilson_interval(correct, len(references))
+        both, (low, high) = (
+            scores(predictions, references, labels),
+            wilson_interval(correct, len(references)),
+        )
         f1_low, f1_high = macro_f1_interval(predictions, references, labels)
         table[name] = {
-            "accuracy": both["accuracy"], "low": low, "high": high, "macro_f1": both["macro_f1"], "f1_low": f1_low, "f1_high": f1_high,
+            "accuracy": both["accuracy"],
+            "low": low,
+            "high": high,
+            "macro_f1": both["macro_f1"],
+            "f1_low": f1_low,
+            "f1_high": f1_high,
             "p_value": np.nan if name == last else mcnemar(systems[last], predictions, references),
-            "rows_per_second": (rows_per_second or {}).get(name, np.nan), "correct": correct, "rows": len(references)}
+            "rows_per_second": (rows_per_second or {}).get(name, np.nan),
+            "correct": correct,
+            "rows": len(references),
+        }
     return pd.DataFrame.from_dict(table, orient="index")

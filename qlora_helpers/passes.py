@@ -74,8 +74,10 @@ def _fall_back(error: Exception) -> None:
     """Use the plain functions from now on, and say so in one line."""
     global _failure
     _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-    print(f"The fused kernels cannot be compiled here ({_failure}). Plain PyTorch functions are "
-          "used instead: the results are the same, a step takes longer.")
+    print(
+        f"The fused kernels cannot be compiled here ({_failure}). Plain PyTorch functions are "
+        "used instead: the results are the same, a step takes longer."
+    )
 
 
 def keep_mask(x, rate, seed) -> torch.Tensor:
@@ -83,17 +85,25 @@ def keep_mask(x, rate, seed) -> torch.Tensor:
     if not x.is_cuda:
         # a draw of 64 bits serves four elements, which rounds the rate to 1/65536: one draw each took a fifth of a training step
         generator = torch.Generator().manual_seed(seed)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None, generator=generator).view(torch.int16)
-        return torch.ge(bits[:x.numel()].view(x.shape), round(rate * 65536) - 32768, out=torch.empty_like(x))
+        bits = (
+            torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
+            .random_(-(2**63), None, generator=generator)
+            .view(torch.int16)
+        )
+        return torch.ge(
+            bits[: x.numel()].view(x.shape), round(rate * 65536) - 32768, out=torch.empty_like(x)
+        )
     rows, columns = (torch.arange(n, dtype=torch.int32, device=x.device) for n in x.shape)
-    return (_mix(_mix(rows[:, None] * x.shape[1] + columns) + seed) & 0x7fffffff >= round(rate * 2**31)).to(x.dtype)
+    return (
+        _mix(_mix(rows[:, None] * x.shape[1] + columns) + seed) & 0x7FFFFFFF >= round(rate * 2**31)
+    ).to(x.dtype)
 
 
 def _mix(x) -> torch.Tensor:
     """An int32 hash, arithmetic alone, so that it costs no memory traffic: a multiply-xorshift finaliser."""
-    x = (x ^ (x >> 16 & 0xffff)) * 0x7feb352d
-    x = (x ^ (x >> 15 & 0x1ffff)) * -0x7b935975
-    return x ^ (x >> 16 & 0xffff)
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975
+    return x ^ (x >> 16 & 0xFFFF)
 
 
 @_one_pass(dynamic=True)
@@ -132,7 +142,11 @@ def swiglu_backward(grad, low, gate, up, rate, seed):
     sigmoid = gate.sigmoid()
     activated = gate * sigmoid
     hidden = activated * up
-    return grad * up * (sigmoid + activated * (1 - sigmoid)), grad * activated, hidden if keep is None else hidden * keep
+    return (
+        grad * up * (sigmoid + activated * (1 - sigmoid)),
+        grad * activated,
+        hidden if keep is None else hidden * keep,
+    )
 
 
 def _rotate(x, cos, sin):
@@ -149,7 +163,11 @@ def heads(qkv, cos, sin, place, size, groups):
     qkv, cos, sin = qkv.view(len(qkv), -1, size)[place], cos[place], sin[place]
     n = qkv.shape[1] // (groups + 2)
     query, key, value = qkv.split([groups * n, n, n], 1)
-    return (_rotate(query, cos, sin), _rotate(key, cos, sin).repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+    return (
+        _rotate(query, cos, sin),
+        _rotate(key, cos, sin).repeat_interleave(groups, 1),
+        value.repeat_interleave(groups, 1),
+    )
 
 
 @_one_pass(dynamic=None)
@@ -157,4 +175,6 @@ def heads_backward(query, key, value, cos, sin, real, groups):
     """The gradient of qkv from those of `heads`, of the tokens at the places `real`."""
     # a sum of slices: as a reduction it becomes a kernel of its own, ten times slower
     key, value = (sum(x[real].unflatten(1, (-1, groups)).unbind(2)) for x in (key, value))
-    return torch.cat((_rotate(query[real], cos, -sin), _rotate(key, cos, -sin), value), 1).flatten(1)
+    return torch.cat((_rotate(query[real], cos, -sin), _rotate(key, cos, -sin), value), 1).flatten(
+        1
+    )

@@ -18,11 +18,15 @@ def build_prompt(text: str) -> str:
 
 def few_shot_prefix(texts: Sequence[str], words: Sequence[str]) -> str:
     """Solved examples to put before a prompt (arXiv:2005.14165): the prompt of each text's first 60 words, and its label word."""
-    return "".join(f"{build_prompt(' '.join(text.split()[:_EXAMPLE_WORDS]))}{word}\n\n" for text, word in zip(texts, words, strict=True))
+    return "".join(
+        f"{build_prompt(' '.join(text.split()[:_EXAMPLE_WORDS]))}{word}\n\n"
+        for text, word in zip(texts, words, strict=True)
+    )
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int,
-                   prefix: str = "") -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, prefix: str = ""
+) -> list[list[int]]:
     """Token ids of `prefix` and each text's prompt, as one text.
     A prompt longer than `max_length` tokens loses the last words of its text, or the last
     characters if its first word alone is too long: its cue has the tokens of any other. `prefix` is
@@ -32,8 +36,10 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_len
         most += len(tokenizer(prefix, add_special_tokens=False).input_ids)
     prompts = [prefix + build_prompt(text) for text in texts]
     encoded = tokenizer(prompts).input_ids if prompts else []
-    return [ids if len(ids) <= most else _cut(tokenizer, text, most, prefix)
-            for ids, text in zip(encoded, texts, strict=True)]
+    return [
+        ids if len(ids) <= most else _cut(tokenizer, text, most, prefix)
+        for ids, text in zip(encoded, texts, strict=True)
+    ]
 
 
 def _cut(tokenizer, text: str, most: int, prefix: str) -> list[int]:
@@ -61,7 +67,7 @@ def label_words(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> li
     try:
         _first_tokens(tokenizer, words)
     except ModelError:
-        words = [f" {letter}" for letter in string.ascii_uppercase[:len(labels)]]
+        words = [f" {letter}" for letter in string.ascii_uppercase[: len(labels)]]
         _first_tokens(tokenizer, words)
     return words
 
@@ -76,11 +82,15 @@ def _first_tokens(tokenizer, words: list[str]) -> list[int]:
     ids = []
     for word in words:
         whole = tokenizer(build_prompt("A headline") + word).input_ids
-        if whole[:len(prompt)] != prompt or len(whole) == len(prompt):
-            raise ModelError(f"this tokenizer joins the end of the prompt and the label word {word!r} into one token: change TEMPLATE.")
+        if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+            raise ModelError(
+                f"this tokenizer joins the end of the prompt and the label word {word!r} into one token: change TEMPLATE."
+            )
         ids.append(whole[len(prompt)])
     for i, first in enumerate(ids):
         if ids.index(first) != i:
-            raise ModelError(f"the label words {words[ids.index(first)]!r} and {words[i]!r} both begin with the token "
-                             f"{tokenizer.convert_ids_to_tokens(first)!r}: choose words that differ in their first token.")
+            raise ModelError(
+                f"the label words {words[ids.index(first)]!r} and {words[i]!r} both begin with the token "
+                f"{tokenizer.convert_ids_to_tokens(first)!r}: choose words that differ in their first token."
+            )
     return ids

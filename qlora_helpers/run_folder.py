@@ -26,13 +26,19 @@ class RunFolder:
         return self.path / name
 
     def __str__(self) -> str:  # short where it can be, and then the same on every machine
-        return os.path.relpath(self.path, project_folder()) if self.path.is_relative_to(project_folder()) else str(self.path)
+        return (
+            os.path.relpath(self.path, project_folder())
+            if self.path.is_relative_to(project_folder())
+            else str(self.path)
+        )
 
     def write(self, name: str, data: bytes | str) -> None:
         """Write the file `name`, whole or not at all. Raises WorkspaceError if it cannot be, or if another process is writing here."""
         data = data.encode() if isinstance(data, str) else data
         with self.hold(name):
-            self.despite_drive(lambda: within_drives_time(self.path, partial(write_file, self / name, data)))
+            self.despite_drive(
+                lambda: within_drives_time(self.path, partial(write_file, self / name, data))
+            )
             self.keep(name, data)
 
     @contextlib.contextmanager
@@ -69,7 +75,11 @@ class RunFolder:
         left, folder = self.path, self._copy.take_over()
         self.path, self._left, self._copy = folder, left, None
         self._lock.move(folder)
-        os.environ["QLORA_WORKSPACE"] = str(folder)  # what is run again in this kernel goes on there
-        print(f"Google Drive cannot be written ({failure}). From here on the run is in {self}, on this machine's own disk, and goes "
-              "when its runtime does; what was on Drive is still there. Make room on Drive, or mount it again, and before the runtime ends "
-              f"bring the run back, in a cell: {copy_back(folder, left)}")
+        os.environ["QLORA_WORKSPACE"] = str(
+            folder
+        )  # what is run again in this kernel goes on there
+        print(
+            f"Google Drive cannot be written ({failure}). From here on the run is in {self}, on this machine's own disk, and goes "
+            "when its runtime does; what was on Drive is still there. Make room on Drive, or mount it again, and before the runtime ends "
+            f"bring the run back, in a cell: {copy_back(folder, left)}"
+        )

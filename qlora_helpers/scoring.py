@@ -24,13 +24,17 @@ ROUNDING = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}  # enough to fill the kernels, small enough for a T4
 
 
-def label_logits(model: PreTrainedModel | PeftModel, encoded: Sequence[Sequence[int]], label_ids: list[int]) -> torch.Tensor:
+def label_logits(
+    model: PreTrainedModel | PeftModel, encoded: Sequence[Sequence[int]], label_ids: list[int]
+) -> torch.Tensor:
     """(rows, labels) float32 logits of the label tokens, as the next token after each of the `encoded` prompts.
     The head is applied to each row's last token and to the label tokens' rows alone: a softmax over this is the model's
     next-token distribution, conditioned on the label words. `model` comes from `load_base_model`."""
     causal_lm = _causal_lm(model)
     packed = pack(encoded, causal_lm.device)
-    with torch.autocast(causal_lm.device.type, enabled=False):  # weights and activations have the dtype that they shall have
+    with torch.autocast(
+        causal_lm.device.type, enabled=False
+    ):  # weights and activations have the dtype that they shall have
         hidden = causal_lm.base_model(**packed, use_cache=False).last_hidden_state[0]
         return _at_labels(causal_lm, hidden[packed["ends"]], label_ids)
 
@@ -39,15 +43,24 @@ def _causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _at_labels(causal_lm: PreTrainedModel, hidden: torch.Tensor, label_ids: list[int]) -> torch.Tensor:
+def _at_labels(
+    causal_lm: PreTrainedModel, hidden: torch.Tensor, label_ids: list[int]
+) -> torch.Tensor:
     """(rows, labels) float32 logits from (rows, size) hidden states. The product is in float32: in half precision, labels tie."""
     head = causal_lm.get_output_embeddings().weight[label_ids]
     return hidden.float() @ head.float().T
 
 
 @torch.no_grad()
-def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], config: RunConfig,
-                        progress: str | Callable[[int], object] | None = None, prefix: str = "", temperature: float = 1.0) -> np.ndarray:
+def label_probabilities(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    config: RunConfig,
+    progress: str | Callable[[int], object] | None = None,
+    prefix: str = "",
+    temperature: float = 1.0,
+) -> np.ndarray:
     """(texts, config.labels) float64 probabilities, each row summing to 1, in the order of `texts`.
     Rows are scored in order of length, in smaller batches once one has run out of memory; many of them on a CPU in one thread a core.
     `progress` names a progress bar, or is called with the number of rows of each batch. `prefix` (see `few_shot_prefix`) stands before
@@ -58,32 +71,50 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
     encoded = encode_prompts(tokenizer, list(texts), config.max_length, prefix)
     shared = []
     if prefix and encoded:  # a token of each row is left
-        shared = os.path.commonprefix(encoded)[:min(map(len, encoded)) - 1]
-    encoded = [ids[len(shared):] for ids in encoded]
+        shared = os.path.commonprefix(encoded)[: min(map(len, encoded)) - 1]
+    encoded = [ids[len(shared) :] for ids in encoded]
     logits = torch.empty(len(encoded), len(label_ids))
     was_training = model.training
-    if any(module.training for module in model.modules()):  # setting the mode of every module takes an eighth of a headline's time
+    if any(
+        module.training for module in model.modules()
+    ):  # setting the mode of every module takes an eighth of a headline's time
         model.eval()
     try:
         read = _read_prefix(model, shared) if shared else None
         # after a prefix, each row of a batch holds a copy of what was read
         tokens = TOKENS_PER_BATCH[model.device.type] // (4 if shared else 1)
         batches = length_batches(encoded, tokens)
-        with tqdm(total=len(encoded), desc=progress, unit="row", disable=not isinstance(progress, str), mininterval=3) as bar:
+        with tqdm(
+            total=len(encoded),
+            desc=progress,
+            unit="row",
+            disable=not isinstance(progress, str),
+            mininterval=3,
+        ) as bar:
             report = progress if callable(progress) else bar.update
             threads = torch.get_num_threads()
             if model.device.type == "cpu" and not shared and len(batches) >= 2 * threads > 2:
+
                 def keep(batch, found):
                     logits[batch] = found
                     report(len(batch))
-                _in_threads(lambda batch: label_logits(model, [encoded[i] for i in batch], label_ids), batches, keep, threads)
+
+                _in_threads(
+                    lambda batch: label_logits(model, [encoded[i] for i in batch], label_ids),
+                    batches,
+                    keep,
+                    threads,
+                )
                 batches = []
             while batches:
                 batch = batches[0]
                 rows = [encoded[i] for i in batch]
                 try:
-                    found = (_label_logits_after(model, read, rows, label_ids) if shared
-                             else label_logits(model, rows, label_ids))
+                    found = (
+                        _label_logits_after(model, read, rows, label_ids)
+                        if shared
+                        else label_logits(model, rows, label_ids)
+                    )
                 except torch.OutOfMemoryError:
                     found = None  # and leave this block: its traceback holds the activations
                 if found is None:
@@ -97,7 +128,9 @@ def label_probabilities(model: PreTrainedModel | PeftModel, tokenizer: PreTraine
     return torch.softmax(logits.double() / temperature, dim=-1).numpy()
 
 
-def check_same_adapter(found: np.ndarray, kept: Sequence[Sequence[float]], dtype: torch.dtype) -> str:
+def check_same_adapter(
+    found: np.ndarray, kept: Sequence[Sequence[float]], dtype: torch.dtype
+) -> str:
     """Compare the probabilities of an adapter that was read back with those that training kept.
 
     Args:
@@ -115,13 +148,16 @@ def check_same_adapter(found: np.ndarray, kept: Sequence[Sequence[float]], dtype
     said = f"mean change of a probability {change.mean():.1e}, largest {change.max():.1e}"
     most = ROUNDING[dtype]
     if not (change.mean() <= most and change.max() <= 10 * most):
-        raise ModelError(f"the adapter on disk is not the one that training kept: {said}, where rounding explains a mean of {most:.0e} "
-                         f"and {10 * most:.0e} at most. Delete the adapter's folder and run this notebook again.")
+        raise ModelError(
+            f"the adapter on disk is not the one that training kept: {said}, where rounding explains a mean of {most:.0e} "
+            f"and {10 * most:.0e} at most. Delete the adapter's folder and run this notebook again."
+        )
     return said
 
 
 def _in_threads(score: Callable, batches: list[list[int]], keep: Callable, threads: int) -> None:
     """`keep(batch, score(batch))` for each, scored on one core: cores that share a product wait for the slowest of them at its end."""
+
     def begin():  # both are a thread's own
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
@@ -138,30 +174,48 @@ def _in_threads(score: Callable, batches: list[list[int]], keep: Callable, threa
 
 def _halves(batches: list[list[int]]) -> list[list[int]]:
     if len(batches[0]) == 1:
-        raise ModelError("a single row runs out of GPU memory: set QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model "
-                         "still holds the memory.")
+        raise ModelError(
+            "a single row runs out of GPU memory: set QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model "
+            "still holds the memory."
+        )
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return [half for batch in batches for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]) if half]
+    return [
+        half
+        for batch in batches
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :])
+        if half
+    ]
 
 
 def _read_prefix(model, ids: list[int]) -> Cache:
     """The keys and values of a text, for the rows that come after it."""
     causal_lm = _causal_lm(model)
-    return causal_lm.base_model(torch.tensor([ids], device=causal_lm.device), use_cache=True).past_key_values
+    return causal_lm.base_model(
+        torch.tensor([ids], device=causal_lm.device), use_cache=True
+    ).past_key_values
 
 
-def _label_logits_after(model, read: Cache, encoded: list[list[int]], label_ids: list[int]) -> torch.Tensor:
+def _label_logits_after(
+    model, read: Cache, encoded: list[list[int]], label_ids: list[int]
+) -> torch.Tensor:
     """`label_logits` of rows that follow what was read, by the library's own attention over right-padded rows."""
     causal_lm = _causal_lm(model)
     lengths = torch.tensor([len(row) for row in encoded], device=causal_lm.device)
-    ids = pad_sequence([torch.tensor(row) for row in encoded], batch_first=True).to(causal_lm.device)
-    mask = torch.arange(read.get_seq_length() + ids.shape[1], device=ids.device) < read.get_seq_length() + lengths[:, None]
+    ids = pad_sequence([torch.tensor(row) for row in encoded], batch_first=True).to(
+        causal_lm.device
+    )
+    mask = (
+        torch.arange(read.get_seq_length() + ids.shape[1], device=ids.device)
+        < read.get_seq_length() + lengths[:, None]
+    )
     copies = copy.deepcopy(read)
     copies.batch_repeat_interleave(len(encoded))
     causal_lm.set_attn_implementation("sdpa")
     try:
-        hidden = causal_lm.base_model(ids, attention_mask=mask.long(), past_key_values=copies, use_cache=True).last_hidden_state
+        hidden = causal_lm.base_model(
+            ids, attention_mask=mask.long(), past_key_values=copies, use_cache=True
+        ).last_hidden_state
     finally:
         use_packed_attention(causal_lm)
     return _at_labels(causal_lm, hidden[torch.arange(len(encoded)), lengths - 1], label_ids)

@@ -12,12 +12,18 @@ from qlora_helpers.cleaning import clean_text
 from qlora_helpers.errors import DataError
 
 NO_TEXT = "(no text)"  # stands where a label would, in a row without one
-_LAYOUT = ("Name the column of texts `text`, `headline` or `title` in the first row (with `title`, a `description` is read too), or give a "
-           "file of one column, or of lines as .txt")
+_LAYOUT = (
+    "Name the column of texts `text`, `headline` or `title` in the first row (with `title`, a `description` is read too), or give a "
+    "file of one column, or of lines as .txt"
+)
 
 
-def classify_file(classifier: HeadlineClassifier, data: bytes, name: str = "",
-                  progress: Callable[[int], object] | None = None) -> pd.DataFrame:
+def classify_file(
+    classifier: HeadlineClassifier,
+    data: bytes,
+    name: str = "",
+    progress: Callable[[int], object] | None = None,
+) -> pd.DataFrame:
     """`read_texts` of `data`, with `label`, `confidence` and a `P(label)` for each label beside its own columns, in the same order. A row
     without a text says `(no text)` for its label. A name that the file already uses is followed by ` (predicted)`.
     `progress` is called with the number of rows of each batch. Raises DataError."""
@@ -40,7 +46,10 @@ def read_texts(data: bytes, name: str = "") -> tuple[pd.DataFrame, list[str]]:
         return pd.DataFrame({"text": texts}, dtype=object), texts
     text = _decode(data, name)
     for delimiter in ",;\t":
-        header = [cell.strip().lower() for cell in next(csv.reader(text.splitlines()[:1], delimiter=delimiter), [])]
+        header = [
+            cell.strip().lower()
+            for cell in next(csv.reader(text.splitlines()[:1], delimiter=delimiter), [])
+        ]
         if columns := [header.index(column) for column in _text_columns(header)]:
             rows = _rows(text, delimiter, name)
             return _table(rows[1:], rows[0], columns, name, first=2)
@@ -51,7 +60,9 @@ def read_texts(data: bytes, name: str = "") -> tuple[pd.DataFrame, list[str]]:
     if width == 3 and all(row[0].strip() in {"1", "2", "3", "4"} for row in rows if row):
         table, texts = _table(rows, ["class", "title", "description"], [1, 2], name, first=1)
         return table, [clean_text(text) for text in texts]
-    raise DataError(f"{name}: the first row, {','.join(rows[0])[:80]!r}, does not say which of {width} columns holds the texts. {_LAYOUT}.")
+    raise DataError(
+        f"{name}: the first row, {','.join(rows[0])[:80]!r}, does not say which of {width} columns holds the texts. {_LAYOUT}."
+    )
 
 
 def split_lines(data: bytes, name: str) -> list[str]:
@@ -64,8 +75,10 @@ def _decode(data: bytes, name: str) -> str:
     try:
         return bytes(data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = bytes(data[:error.start]).count(b"\n") + 1
-        raise DataError(f"{name} is not UTF-8 (line {line}). Save it as UTF-8, for example: iconv -f latin1 -t utf-8.") from error
+        line = bytes(data[: error.start]).count(b"\n") + 1
+        raise DataError(
+            f"{name} is not UTF-8 (line {line}). Save it as UTF-8, for example: iconv -f latin1 -t utf-8."
+        ) from error
 
 
 def _rows(text: str, delimiter: str, name: str) -> list[list[str]]:
@@ -74,7 +87,9 @@ def _rows(text: str, delimiter: str, name: str) -> list[list[str]]:
         for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True):
             rows.append(row)
     except csv.Error as error:
-        raise DataError(f"{name}, after row {len(rows)}: not valid CSV ({error}). {_LAYOUT}.") from error
+        raise DataError(
+            f"{name}, after row {len(rows)}: not valid CSV ({error}). {_LAYOUT}."
+        ) from error
     return rows
 
 
@@ -85,10 +100,16 @@ def _text_columns(header: list[str]) -> list[str]:
     return []
 
 
-def _table(rows: list[list[str]], names: list[str], columns: list[int], name: str, first: int) -> tuple[pd.DataFrame, list[str]]:
+def _table(
+    rows: list[list[str]], names: list[str], columns: list[int], name: str, first: int
+) -> tuple[pd.DataFrame, list[str]]:
     for number, row in enumerate(rows, first):
         if row and len(row) != len(names):
-            raise DataError(f"{name}, row {number}: {len(row)} column{'s' * (len(row) != 1)} instead of {len(names)}. Put double quotes "
-                            "around a text that holds a comma.")
+            raise DataError(
+                f"{name}, row {number}: {len(row)} column{'s' * (len(row) != 1)} instead of {len(names)}. Put double quotes "
+                "around a text that holds a comma."
+            )
     rows = [row or [""] * len(names) for row in rows]
-    return pd.DataFrame(rows, columns=names, dtype=object), [" ".join(row[i] for i in columns) for row in rows]
+    return pd.DataFrame(rows, columns=names, dtype=object), [
+        " ".join(row[i] for i in columns) for row in rows
+    ]

@@ -42,15 +42,21 @@ def what_validation_says(history: dict) -> str:
     first, *epochs = history["validation"]
     kept, last = min(epochs, key=lambda e: e["loss"]), epochs[-1]
     if kept["loss"] >= first["loss"]:
-        return (f"Validation loss was {first['loss']:.3f} before training, and is not lower after "
-                f"any epoch ({kept['loss']:.3f} at best): training has not helped.")
+        return (
+            f"Validation loss was {first['loss']:.3f} before training, and is not lower after "
+            f"any epoch ({kept['loss']:.3f} at best): training has not helped."
+        )
     if kept is not last:
-        return (f"Validation loss was lowest after epoch {kept['epoch']:g} ({kept['loss']:.3f}) "
-                f"and is {last['loss']:.3f} after the last: later epochs did not help on these "
-                "rows.")
+        return (
+            f"Validation loss was lowest after epoch {kept['epoch']:g} ({kept['loss']:.3f}) "
+            f"and is {last['loss']:.3f} after the last: later epochs did not help on these "
+            "rows."
+        )
     before = epochs[-2] if len(epochs) > 1 else first
-    return (f"Validation loss fell from {before['loss']:.3f} to {last['loss']:.3f} in the last "
-            "epoch. Only a training with more epochs can tell whether it would fall further.")
+    return (
+        f"Validation loss fell from {before['loss']:.3f} to {last['loss']:.3f} in the last "
+        "epoch. Only a training with more epochs can tell whether it would fall further."
+    )
 
 
 class _Watch(TrainerCallback):
@@ -58,7 +64,10 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: "LabelTrainer"):
         self.trainer, self.panel, self.skipped_steps = trainer, None, 0
-        self.before, self.start = 0.0, time.perf_counter()  # seconds spent before the training went on
+        self.before, self.start = (
+            0.0,
+            time.perf_counter(),
+        )  # seconds spent before the training went on
         self.step_start, self.steps = 0.0, []  # seconds of each step of this process
 
     @property
@@ -82,9 +91,12 @@ class _Watch(TrainerCallback):
             rate = state.global_step * self.trainer.config.effective_batch_size / seconds
             peak = self.trainer.peak_gib()
             memory = "" if peak is None else f", peak {peak:.1f} GiB of GPU memory"
-            self.panel.live(lambda: self.trainer.history(seconds),
-                            f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
-                            + self._left(state) + memory)
+            self.panel.live(
+                lambda: self.trainer.history(seconds),
+                f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
+                + self._left(state)
+                + memory,
+            )
 
     def step_rows_per_second(self) -> float | None:
         """Return the rows a second of the median step; None before the second step, since the first compiles."""
@@ -112,41 +124,90 @@ class LabelTrainer(ResumableTrainer):
     batch plan. `fit`, not `train`, writes a checkpoint to the folder `checkpoints` (the workspace's own, if None) after each epoch,
     every `checkpoint_minutes` and, if given, every `checkpoint_steps`; the result depends on neither."""
 
-    def __init__(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, subset: dict[str, pd.DataFrame], config: RunConfig,
-                 plan: BatchPlan, checkpoints: Path | None = None, checkpoint_minutes: float = 10.0, checkpoint_steps: int | None = None):
-        self.label_words, self.label_ids = label_words(tokenizer, config.labels), label_token_ids(tokenizer, config.labels)
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        subset: dict[str, pd.DataFrame],
+        config: RunConfig,
+        plan: BatchPlan,
+        checkpoints: Path | None = None,
+        checkpoint_minutes: float = 10.0,
+        checkpoint_steps: int | None = None,
+    ):
+        self.label_words, self.label_ids = (
+            label_words(tokenizer, config.labels),
+            label_token_ids(tokenizer, config.labels),
+        )
         self.checkpoint_folder = checkpoints
         self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
-        self._peak_before, self._losses = None, []  # losses of the micro-batches since the last optimizer step
+        self._peak_before, self._losses = (
+            None,
+            [],
+        )  # losses of the micro-batches since the last optimizer step
         self._tokenizer, self._validation = tokenizer, subset["validation"]
-        self._probabilities = self.best_probabilities = []  # of the validation rows, at the last evaluation and at the best one
-        rows = datasets.Dataset.from_dict({"input_ids": encode_prompts(tokenizer, self.texts, config.max_length),
-                                           "labels": subset["train"].label.tolist(), "row": range(len(self.texts))})
+        self._probabilities = (
+            self.best_probabilities
+        ) = []  # of the validation rows, at the last evaluation and at the best one
+        rows = datasets.Dataset.from_dict(
+            {
+                "input_ids": encode_prompts(tokenizer, self.texts, config.max_length),
+                "labels": subset["train"].label.tolist(),
+                "row": range(len(self.texts)),
+            }
+        )
         dtype, _ = compute_dtype()
         one_step = config.num_epochs == 1 and len(subset["train"]) <= config.effective_batch_size
         super().__init__(
-            checkpoint_minutes=checkpoint_minutes, checkpoint_steps=checkpoint_steps,
-            model=model, train_dataset=rows, eval_dataset=self._validation, data_collator=self._collate,
-            args=_one_gpu(TrainingArguments(
-                output_dir=tempfile.gettempdir(),  # it writes nothing there: `_save_checkpoint` is not the Trainer's
-                seed=config.seed, num_train_epochs=config.num_epochs,
-                per_device_train_batch_size=plan.micro_batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps,
-                learning_rate=config.learning_rate,
-                warmup_steps=0 if one_step else config.warmup_ratio,  # a warm-up begins with rate 0
-                lr_scheduler_type="linear", max_grad_norm=config.max_grad_norm,
-                weight_decay=0.0, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
-                # the fused optimizer skips a step by itself after an overflow: neither scheduler nor count would hear of it
-                optim="adamw_torch" if dtype == torch.float16 else "adamw_torch_fused",
-                use_cpu=model.device.type == "cpu", eval_strategy="epoch", eval_on_start=True, save_strategy="epoch",
-                metric_for_best_model="eval_loss", greater_is_better=False,
-                logging_steps=1, remove_unused_columns=False, report_to="none",
-                dataloader_pin_memory=model.device.type == "cuda")))
+            checkpoint_minutes=checkpoint_minutes,
+            checkpoint_steps=checkpoint_steps,
+            model=model,
+            train_dataset=rows,
+            eval_dataset=self._validation,
+            data_collator=self._collate,
+            args=_one_gpu(
+                TrainingArguments(
+                    output_dir=tempfile.gettempdir(),  # it writes nothing there: `_save_checkpoint` is not the Trainer's
+                    seed=config.seed,
+                    num_train_epochs=config.num_epochs,
+                    per_device_train_batch_size=plan.micro_batch_size,
+                    gradient_accumulation_steps=plan.gradient_accumulation_steps,
+                    learning_rate=config.learning_rate,
+                    warmup_steps=0
+                    if one_step
+                    else config.warmup_ratio,  # a warm-up begins with rate 0
+                    lr_scheduler_type="linear",
+                    max_grad_norm=config.max_grad_norm,
+                    weight_decay=0.0,
+                    fp16=dtype == torch.float16,
+                    bf16=dtype == torch.bfloat16,
+                    # the fused optimizer skips a step by itself after an overflow: neither scheduler nor count would hear of it
+                    optim="adamw_torch" if dtype == torch.float16 else "adamw_torch_fused",
+                    use_cpu=model.device.type == "cpu",
+                    eval_strategy="epoch",
+                    eval_on_start=True,
+                    save_strategy="epoch",
+                    metric_for_best_model="eval_loss",
+                    greater_is_better=False,
+                    logging_steps=1,
+                    remove_unused_columns=False,
+                    report_to="none",
+                    dataloader_pin_memory=model.device.type == "cuda",
+                )
+            ),
+        )
         self.watch = _Watch(self)
         self.add_callback(self.watch)
-        self.model_accepts_loss_kwargs = True  # asks for num_items_in_batch, by which compute_loss divides ...
-        self._loss_shifts_labels = False  # ... and which counts one label a row: nothing is shifted here
+        self.model_accepts_loss_kwargs = (
+            True  # asks for num_items_in_batch, by which compute_loss divides ...
+        )
+        self._loss_shifts_labels = (
+            False  # ... and which counts one label a row: nothing is shifted here
+        )
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> dict[str, float]:
         """Score the validation rows as `label_probabilities` does: loss, accuracy and macro-F1, logged as the Trainer's own are."""
         start = time.perf_counter()
         found = label_probabilities(self.model, self._tokenizer, self._validation.text, self.config)
@@ -157,7 +218,9 @@ class LabelTrainer(ResumableTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self._probabilities = found.round(6).tolist()
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def _determine_best_metric(self, metrics, trial):
@@ -168,15 +231,20 @@ class LabelTrainer(ResumableTrainer):
 
     def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         # arrays: Accelerate would look into lists token by token for tensors to move
-        return {"labels": torch.tensor([row["labels"] for row in rows]), "prompts": [np.array(row["input_ids"]) for row in rows],
-                "rows": np.array([row["row"] for row in rows])}
+        return {
+            "labels": torch.tensor([row["labels"] for row in rows]),
+            "prompts": [np.array(row["input_ids"]) for row in rows],
+            "rows": np.array([row["row"] for row in rows]),
+        }
 
     def _get_train_sampler(self, train_dataset=None):
         # The Trainer's own draws from the global generator, which dropout also advances: the order of the second epoch
         # would then depend on the micro-batch.
-        sampler = LengthGroupedSampler(self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
-                                       lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
-                                       generator=torch.Generator().manual_seed(self.config.seed))
+        sampler = LengthGroupedSampler(
+            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
+            lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
+            generator=torch.Generator().manual_seed(self.config.seed),
+        )
         for _ in range(self.epochs_before):
             iter(sampler)  # draws the order of an epoch
         return sampler
@@ -186,9 +254,14 @@ class LabelTrainer(ResumableTrainer):
         micro-batch, and runs it again. Raises ModelError with the rows that gave a loss that is not finite."""
         rows, tokens = len(inputs["rows"]), sum(map(len, inputs["prompts"]))
         if rows > self.plan.micro_batch_size:
-            halves = [{name: part[half] for name, part in inputs.items()} for half in (slice(rows // 2), slice(rows // 2, None))]
+            halves = [
+                {name: part[half] for name, part in inputs.items()}
+                for half in (slice(rows // 2), slice(rows // 2, None))
+            ]
             return sum(self.training_step(model, half, num_items_in_batch) for half in halves)
-        checkpoint_layers(self.model, self.plan.checkpointed_layers(len(decoder_layers(self.model)), tokens))
+        checkpoint_layers(
+            self.model, self.plan.checkpointed_layers(len(decoder_layers(self.model)), tokens)
+        )
         random, trainable = torch.get_rng_state(), list(self.trainable().values())
         gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
         try:
@@ -210,22 +283,34 @@ class LabelTrainer(ResumableTrainer):
     def _ask_for_less(self, rows: int, tokens: int) -> None:
         kept = min(self.plan.kept_activations, tokens * len(decoder_layers(self.model)))
         if kept < tokens and rows == 1:
-            raise ModelError(f"a single row of {tokens} tokens runs out of GPU memory: set QLORA_MAX_LENGTH lower, or free the GPU "
-                             "of other work.")
+            raise ModelError(
+                f"a single row of {tokens} tokens runs out of GPU memory: set QLORA_MAX_LENGTH lower, or free the GPU "
+                "of other work."
+            )
         half = -(-rows // 2)
-        less = {"kept_activations": kept // 2} if kept >= tokens else {
-            "micro_batch_size": half, "gradient_accumulation_steps": -(-self.config.effective_batch_size // half)}
+        less = (
+            {"kept_activations": kept // 2}
+            if kept >= tokens
+            else {
+                "micro_batch_size": half,
+                "gradient_accumulation_steps": -(-self.config.effective_batch_size // half),
+            }
+        )
         reason = f"step {self.state.global_step + 1} ran out of memory over {rows} rows ({tokens:,} tokens)"
         print(f"{reason.capitalize()}. From here on: {less}.")
         self.plan = dataclasses.replace(self.plan, **less, reason=reason)
 
     def _check_losses(self):
         losses, self._losses = self._losses, []
-        for value, (_, rows) in zip(torch.stack([loss for loss, _ in losses]).tolist(), losses, strict=True):
+        for value, (_, rows) in zip(
+            torch.stack([loss for loss, _ in losses]).tolist(), losses, strict=True
+        ):
             if not np.isfinite(value):
-                raise ModelError(f"the loss is {value} at step {self.state.global_step + 1}, in the micro-batch of training rows "
-                                 f"{rows.tolist()}, the first of which is {self.texts[rows[0]][:60]!r}. Look at these rows; then try "
-                                 f"a lower QLORA_LEARNING_RATE (now {self.config.learning_rate:g}).")
+                raise ModelError(
+                    f"the loss is {value} at step {self.state.global_step + 1}, in the micro-batch of training rows "
+                    f"{rows.tolist()}, the first of which is {self.texts[rows[0]][:60]!r}. Look at these rows; then try "
+                    f"a lower QLORA_LEARNING_RATE (now {self.config.learning_rate:g})."
+                )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Cross-entropy over the label tokens: summed and divided by the rows of the effective batch, so that no split changes it."""
@@ -237,8 +322,13 @@ class LabelTrainer(ResumableTrainer):
         return 0  # the Trainer counts them from padded input ids, which there are none of
 
     def facts(self) -> dict:
-        return {"seconds": self.watch.seconds, "skipped_steps": self.watch.skipped_steps, "plan": vars(self.plan),
-                "peak_gib": self.peak_gib(), "best_probabilities": self.best_probabilities}
+        return {
+            "seconds": self.watch.seconds,
+            "skipped_steps": self.watch.skipped_steps,
+            "plan": vars(self.plan),
+            "peak_gib": self.peak_gib(),
+            "best_probabilities": self.best_probabilities,
+        }
 
     def take_over(self, facts: dict) -> None:
         self.watch.before, self.watch.skipped_steps = facts["seconds"], facts["skipped_steps"]
@@ -246,7 +336,11 @@ class LabelTrainer(ResumableTrainer):
         self.best_probabilities = facts["best_probabilities"]
 
     def peak_gib(self) -> float | None:
-        peak = round(torch.cuda.max_memory_reserved() / 2**30, 2) if self.model.device.type == "cuda" else None
+        peak = (
+            round(torch.cuda.max_memory_reserved() / 2**30, 2)
+            if self.model.device.type == "cuda"
+            else None
+        )
         return max(filter(None, (peak, self._peak_before)), default=None)
 
     def fit(self, workspace: Workspace, panel: LossPanel | None = None) -> dict:
@@ -259,19 +353,29 @@ class LabelTrainer(ResumableTrainer):
             try:
                 history = self._fit(workspace, panel)
             except KeyboardInterrupt:
-                raise TrainingStopped("Stopped while files were read or written: nothing is lost. Run this notebook again.") from None
+                raise TrainingStopped(
+                    "Stopped while files were read or written: nothing is lost. Run this notebook again."
+                ) from None
         if panel:
             panel.load()
         return history
 
     def _fit(self, workspace: Workspace, panel: LossPanel | None) -> dict:
-        workspace.fingerprints("02_data_subset")  # still those that the rows in memory were read from
+        workspace.fingerprints(
+            "02_data_subset"
+        )  # still those that the rows in memory were read from
         lora = self.model.peft_config["default"]
-        settings = json.loads(self.config.to_json()) | {f"LoraConfig.{name}": value for name, value in lora.to_dict().items()
-                                                      if name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
+        settings = json.loads(self.config.to_json()) | {
+            f"LoraConfig.{name}": value
+            for name, value in lora.to_dict().items()
+            if name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+        }
         settings["LoraConfig.target_modules"] = sorted(lora.target_modules)
         data = workspace.require("02_data_subset")["files"]
-        self.checkpoints = Checkpoints(self.checkpoint_folder or workspace / "checkpoints", {"settings": settings, "data": data})
+        self.checkpoints = Checkpoints(
+            self.checkpoint_folder or workspace / "checkpoints",
+            {"settings": settings, "data": data},
+        )
         if workspace.is_current(NOTEBOOK, self.config):
             print("This workspace holds the finished training with these settings: nothing to do.")
             self.checkpoints.finish()
@@ -295,7 +399,9 @@ class LabelTrainer(ResumableTrainer):
         folder = workspace / "adapter"
         within_drives_time(folder, lambda: save_adapter(self.model, self.config, folder))
         workspace.write("training.json", json.dumps(history, indent=1))
-        workspace.publish(NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",))
+        workspace.publish(
+            NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",)
+        )
 
     def _clear(self, workspace: Workspace) -> None:
         why = "An earlier training was made with other settings."
@@ -311,12 +417,25 @@ class LabelTrainer(ResumableTrainer):
         (`rows_per_second` with validation and checkpoints, `step_rows_per_second` without),
         plan, label words, and `best_probabilities`: (validation rows, labels) at the best epoch."""
         log = self.state.log_history
-        validation = [{name: e[name] for name in ("step", "epoch", "seconds")} | {name: e[f"eval_{name}"] for name in
-                      ("loss", "accuracy", "macro_f1")} for e in log if "eval_loss" in e]
+        validation = [
+            {name: e[name] for name in ("step", "epoch", "seconds")}
+            | {name: e[f"eval_{name}"] for name in ("loss", "accuracy", "macro_f1")}
+            for e in log
+            if "eval_loss" in e
+        ]
         return {
-            "train": [{k: e[k] for k in ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")} for e in log if "loss" in e],
+            "train": [
+                {
+                    k: e[k]
+                    for k in ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
+                }
+                for e in log
+                if "loss" in e
+            ],
             "validation": validation,  # its first entry is before training
-            "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"] if len(validation) > 1 else None,
+            "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"]
+            if len(validation) > 1
+            else None,
             "seconds": round(seconds, 2),  # as in the log: never less than there
             "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
             "step_rows_per_second": self.watch.step_rows_per_second(),

@@ -20,9 +20,14 @@ class LossPanel(ipw.VBox):
     def __init__(self, workspace: Workspace):
         self.workspace, self.history, self._earlier = workspace, None, {}
         self.cost, self._last, self._start = 0.0, 0.0, time.perf_counter()
-        self.status, self.picture = ipw.HTML(), ipw.Image(format="png", layout=ipw.Layout(max_width="100%"))
+        self.status, self.picture = (
+            ipw.HTML(),
+            ipw.Image(format="png", layout=ipw.Layout(max_width="100%")),
+        )
         self.smoothing = ipw.FloatSlider(0.6, min=0, max=0.95, step=0.05, description="smoothing")
-        self.x = ipw.ToggleButtons(options=list(X_AXES), description="x axis", style={"button_width": "70px"})
+        self.x = ipw.ToggleButtons(
+            options=list(X_AXES), description="x axis", style={"button_width": "70px"}
+        )
         self.log_scale = ipw.Checkbox(False, description="logarithmic scale")
         self.earlier = ipw.SelectMultiple(description="compare", rows=3)
         super().__init__([self.status, self.picture])
@@ -33,7 +38,9 @@ class LossPanel(ipw.VBox):
         """Show the workspace's finished training, with the controls. Works in a runtime that never trained."""
         self._earlier = self.workspace.earlier_json("training.json")
         self.earlier.options = tuple(self._earlier)
-        controls = [ipw.HBox([self.smoothing, self.log_scale]), self.x] + [self.earlier] * bool(self._earlier)
+        controls = [ipw.HBox([self.smoothing, self.log_scale]), self.x] + [self.earlier] * bool(
+            self._earlier
+        )
         self.children = [self.status, self.picture, *controls]
         self.show(self.workspace.read_json("03_qlora_training", "training.json"))
         return self
@@ -48,7 +55,10 @@ class LossPanel(ipw.VBox):
     def show(self, history: dict, status: str = "") -> None:
         start = time.perf_counter()
         self.history = history
-        self.status.value = html.escape(status or f"{history['seconds'] / 60:.1f} minutes, {history['rows_per_second']:.2f} rows/s")
+        self.status.value = html.escape(
+            status
+            or f"{history['seconds'] / 60:.1f} minutes, {history['rows_per_second']:.2f} rows/s"
+        )
         self.draw()
         self._last = time.perf_counter() - start  # one more picture is expected to cost as much
         self.cost += self._last
@@ -56,14 +66,27 @@ class LossPanel(ipw.VBox):
     def draw(self) -> None:
         buffer = io.BytesIO()
         others = {name: self._earlier[name] for name in self.earlier.value}
-        loss_curves(self.history, self.x.value, self.smoothing.value, self.log_scale.value, others).savefig(buffer, dpi=90)
+        loss_curves(
+            self.history, self.x.value, self.smoothing.value, self.log_scale.value, others
+        ).savefig(buffer, dpi=90)
         self.picture.value = buffer.getvalue()
 
 
-def review_table(texts: Sequence[str], references: Sequence[int], probabilities: np.ndarray, labels: Sequence[str]) -> pd.DataFrame:
+def review_table(
+    texts: Sequence[str],
+    references: Sequence[int],
+    probabilities: np.ndarray,
+    labels: Sequence[str],
+) -> pd.DataFrame:
     """Each row's `text`, `true` and `predicted` label, and `confidence`: the most confident first."""
-    table = pd.DataFrame({"text": list(texts), "true": [labels[i] for i in references],
-                          "predicted": [labels[i] for i in probabilities.argmax(axis=1)], "confidence": probabilities.max(axis=1)})
+    table = pd.DataFrame(
+        {
+            "text": list(texts),
+            "true": [labels[i] for i in references],
+            "predicted": [labels[i] for i in probabilities.argmax(axis=1)],
+            "confidence": probabilities.max(axis=1),
+        }
+    )
     return table.sort_values("confidence", ascending=False, kind="stable")
 
 
@@ -85,9 +108,16 @@ class ErrorExplorer(ipw.VBox):
         self.show()
 
     def show(self) -> None:
-        cell = self.table[(self.table.true == self.true.value) & (self.table.predicted == self.predicted.value)]
+        cell = self.table[
+            (self.table.true == self.true.value) & (self.table.predicted == self.predicted.value)
+        ]
         self.shown = cell.head(self.rows)
-        lines = "".join(f"<tr><td style='padding-right:1em'>{row.confidence:.1%}</td><td>{html.escape(row.text)}</td></tr>"
-                        for row in self.shown.itertuples())
-        self.answer.value = (f"<p>{len(cell)} of {len(self.table)} rows" + f", the {len(self.shown)} most confident" *
-                             (len(cell) > len(self.shown)) + f":</p><table style='text-align:left'>{lines}</table>")
+        lines = "".join(
+            f"<tr><td style='padding-right:1em'>{row.confidence:.1%}</td><td>{html.escape(row.text)}</td></tr>"
+            for row in self.shown.itertuples()
+        )
+        self.answer.value = (
+            f"<p>{len(cell)} of {len(self.table)} rows"
+            + f", the {len(self.shown)} most confident" * (len(cell) > len(self.shown))
+            + f":</p><table style='text-align:left'>{lines}</table>"
+        )

@@ -32,7 +32,9 @@ class NotebookRules:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--pictures", type=Path, help="a folder for screenshots of the panels in the browser")
+    parser.addoption(
+        "--pictures", type=Path, help="a folder for screenshots of the panels in the browser"
+    )
 
 
 def pytest_configure(config):
@@ -75,7 +77,9 @@ def notebook_workspace(request) -> Path:
     """The workspace that nbval's run of the notebooks left, earlier in this session."""
     folder = request.config.notebook_workspace
     if not (folder / "manifests" / "04_evaluation.json").exists():
-        pytest.skip("the notebooks did not run in this session: use `make test`, which runs them first")
+        pytest.skip(
+            "the notebooks did not run in this session: use `make test`, which runs them first"
+        )
     return folder
 
 
@@ -115,9 +119,18 @@ def base(tokenizer):
 def tiny(tokenizer, tmp_path_factory) -> str:
     """The folder of a random two-layer Llama that has the embedded model's tokenizer."""
     set_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, pad_token_id=tokenizer.pad_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     folder = tmp_path_factory.mktemp("tiny")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -129,7 +142,11 @@ def tuned(tiny, tmp_path_factory) -> Workspace:
     """The workspace of a finished run: the tiny model with a random adapter that is felt, and a temperature."""
     workspace = Workspace(tmp_path_factory.mktemp("tuned"))
     run = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": tiny, "max_length": 64})
-    model = attach_lora(load_base_model(run), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), seed=1)
+    model = attach_lora(
+        load_base_model(run),
+        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        seed=1,
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -138,7 +155,9 @@ def tuned(tiny, tmp_path_factory) -> Workspace:
     workspace.publish("01_setup", run, ["config.json"])
     workspace.publish("03_qlora_training", run, ["adapter"], inputs=("01_setup",))
     write_text(workspace / "adapter" / "calibration.json", json.dumps({"temperature": 1.5}))
-    workspace.publish("04_evaluation", run, ["adapter/calibration.json"], inputs=("03_qlora_training",))
+    workspace.publish(
+        "04_evaluation", run, ["adapter/calibration.json"], inputs=("03_qlora_training",)
+    )
     return workspace
 
 

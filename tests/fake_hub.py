@@ -21,7 +21,9 @@ class FakeHub(ThreadingHTTPServer):
         self.commit = COMMIT
         self.status, self.requests, self.ended = 200, [], threading.Event()
         super().__init__(("127.0.0.1", port), _Handler)
-        self.thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
         self.thread.start()
 
     @property
@@ -54,17 +56,32 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.ended.wait()
             return None
         if self.server.status != 200:
-            headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"} if self.server.status == 403 else {}
+            headers = (
+                {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"}
+                if self.server.status == 403
+                else {}
+            )
             return self._answer(self.server.status, b"{}", headers)
         name = next((n for n in self.server.repositories if f"/{n}/" in f"/{path}/"), None)
         if name is None:
             return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        files, commit, how = self.server.repositories[name], self.server.commit, name.partition("/")[0]
+        files, commit, how = (
+            self.server.repositories[name],
+            self.server.commit,
+            name.partition("/")[0],
+        )
         if path.startswith("api/"):
             listing = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
-            return self._answer(200, json.dumps({"id": name, "sha": commit, "siblings": listing}).encode(), {}, how)
+            return self._answer(
+                200, json.dumps({"id": name, "sha": commit, "siblings": listing}).encode(), {}, how
+            )
         content = files[path.partition(f"{commit}/")[2]]
-        self._answer(200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}, how)
+        self._answer(
+            200,
+            content,
+            {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit},
+            how,
+        )
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str], how: str = ""):
         self.send_response(status)
@@ -77,13 +94,15 @@ class _Handler(BaseHTTPRequestHandler):
         is_list = self.path.startswith("/api/")
         if how == "trickles" and is_list:
             for i in range(len(body)):
-                self.wfile.write(body[i:i + 1])
+                self.wfile.write(body[i : i + 1])
                 self.wfile.flush()
                 if self.server.ended.wait(1):
                     break
         elif how in ("stalls", "dies", "restarts") and not is_list:
-            if how != "dies" or "Range" not in self.headers:  # gone for good, where the others begin again
-                self.wfile.write(body[:len(body) // 2])
+            if (
+                how != "dies" or "Range" not in self.headers
+            ):  # gone for good, where the others begin again
+                self.wfile.write(body[: len(body) // 2])
                 self.wfile.flush()
             if how == "stalls":
                 self.server.ended.wait()
@@ -106,6 +125,7 @@ def write_cache(cache: Path, kind: str, name: str, files: dict[str, bytes]) -> P
         blob.write_bytes(content)
         link = snapshot / file
         link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(Path(*[".."] * (len(link.relative_to(storage).parts) - 1)) / "blobs" / blob.name)
+        link.symlink_to(
+            Path(*[".."] * (len(link.relative_to(storage).parts) - 1)) / "blobs" / blob.name
+        )
     return snapshot
-

@@ -11,7 +11,14 @@ from qlora_helpers import label_probabilities, load_adapter, load_base_model, lo
 from qlora_helpers.batching import free_memory
 from qlora_helpers.config import RunConfig
 
-config = RunConfig.from_environment(train_size=8, validation_size=4, test_size=4, num_epochs=1, effective_batch_size=8, max_length=48)
+config = RunConfig.from_environment(
+    train_size=8,
+    validation_size=4,
+    test_size=4,
+    num_epochs=1,
+    effective_batch_size=8,
+    max_length=48,
+)
 held, model, trainer, tuned = [], None, None, None
 
 

@@ -1,6 +1,6 @@
 """What the notebooks do with a workspace, on a tiny model; and, as a program, what is left of it when they are killed.
 
-    python tests/stages.py TINY FOLDER KILLS SEED    kills a run KILLS times, each at another point, and ends each; prints a line of each
+python tests/stages.py TINY FOLDER KILLS SEED    kills a run KILLS times, each at another point, and ends each; prints a line of each
 """
 
 import gc
@@ -35,12 +35,23 @@ from qlora_helpers import (
 from qlora_helpers.batching import BatchPlan
 from qlora_helpers.config import PROFILES
 
-SETTINGS = {"train_size": 44, "validation_size": 8, "test_size": 12, "num_epochs": 2, "effective_batch_size": 8, "learning_rate": 0.01,
-            "lora_dropout": 0.3, "lora_r": 4, "max_length": 48}  # six steps an epoch, each in four micro-batches
+SETTINGS = {
+    "train_size": 44,
+    "validation_size": 8,
+    "test_size": 12,
+    "num_epochs": 2,
+    "effective_batch_size": 8,
+    "learning_rate": 0.01,
+    "lora_dropout": 0.3,
+    "lora_r": 4,
+    "max_length": 48,
+}  # six steps an epoch, each in four micro-batches
 
 
 def tiny_config(tiny: str, **settings) -> RunConfig:
-    return RunConfig(**(PROFILES["cpu"] | {"profile": "cpu", "base_model": tiny} | SETTINGS | settings))
+    return RunConfig(
+        **(PROFILES["cpu"] | {"profile": "cpu", "base_model": tiny} | SETTINGS | settings)
+    )
 
 
 def set_up(config: RunConfig) -> None:
@@ -58,11 +69,18 @@ def draw() -> None:
 
 def trainer_for(workspace: Workspace, config: RunConfig, **options) -> LabelTrainer:
     subset = {split: pd.read_parquet(workspace / "subset" / f"{split}.parquet") for split in SPLITS}
-    lora = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules="all-linear",
-                      task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     model = attach_lora(load_base_model(config), lora, config.seed)
     plan = BatchPlan(2, 4, 10**9, None, "as the test says")
-    return LabelTrainer(model, load_tokenizer(config), subset, config, plan, workspace / "checkpoints", **options)
+    return LabelTrainer(
+        model, load_tokenizer(config), subset, config, plan, workspace / "checkpoints", **options
+    )
 
 
 def stop_at(trainer: LabelTrainer, step: int) -> None:
@@ -75,6 +93,7 @@ def stop_at(trainer: LabelTrainer, step: int) -> None:
             if len(seen) == 2:
                 raise KeyboardInterrupt
         return loss(model, inputs, *args, **kwargs)
+
     trainer.compute_loss = compute_loss
 
 
@@ -88,17 +107,25 @@ def evaluate() -> None:
     test = pd.read_parquet(workspace / "subset" / "test.parquet")
     model = load_adapter(load_base_model(config), workspace / "adapter")
     predictions = io.BytesIO()
-    pd.DataFrame(label_probabilities(model, load_tokenizer(config), test.text, config)).add_prefix("P").to_parquet(predictions)
+    pd.DataFrame(label_probabilities(model, load_tokenizer(config), test.text, config)).add_prefix(
+        "P"
+    ).to_parquet(predictions)
     workspace.write("predictions.parquet", predictions.getvalue())
     workspace.write("adapter/calibration.json", json.dumps({"temperature": 1.25}))
-    workspace.publish("04_evaluation", config, ["predictions.parquet", "adapter/calibration.json"],
-                      inputs=("02_data_subset", "03_qlora_training"))
+    workspace.publish(
+        "04_evaluation",
+        config,
+        ["predictions.parquet", "adapter/calibration.json"],
+        inputs=("02_data_subset", "03_qlora_training"),
+    )
 
 
 def infer() -> tuple[float, list]:
     """The temperature, and the probabilities of a headline."""
     classifier = HeadlineClassifier.from_workspace()
-    return classifier.temperature, classifier.probabilities(["Striker signs record contract"]).tolist()
+    return classifier.temperature, classifier.probabilities(
+        ["Striker signs record contract"]
+    ).tolist()
 
 
 def run_all(config: RunConfig) -> None:
@@ -115,7 +142,12 @@ def result(folder: Path) -> dict:
         for entry in history[part]:
             del entry["seconds"]
     del history["seconds"], history["rows_per_second"], history["step_rows_per_second"]
-    names = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "predictions.parquet", "subset/train.parquet"]
+    names = [
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "predictions.parquet",
+        "subset/train.parquet",
+    ]
     return {"history": history} | {name: (folder / name).read_bytes() for name in names}
 
 
@@ -133,11 +165,18 @@ def _child(config: RunConfig, folder: Path, log: Path, kill_at: int = 0, seconds
     def count(event, arguments):
         nonlocal changes
         named = str(arguments[0]) if arguments else ""
-        written = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        if named.startswith(str(folder)) and (written or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")):
+        written = (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if named.startswith(str(folder)) and (
+            written or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        ):
             changes += 1
             if changes == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
+
     sys.addaudithook(count)
     try:
         run_all(config)
@@ -146,6 +185,7 @@ def _child(config: RunConfig, folder: Path, log: Path, kill_at: int = 0, seconds
         os._exit(0)
     except BaseException:
         import traceback
+
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)
@@ -179,14 +219,27 @@ def main(tiny: str, folder: str, kills: str, seed: str) -> None:
             shutil.rmtree(folder / "killed")
             at = type(at)(0.8 * at)
             status, _, _ = run("killed", **{kind: at})
-        left = sorted(p.relative_to(folder / "killed").as_posix() for p in (folder / "killed").rglob("*") if p.suffix != ".txt")
+        left = sorted(
+            p.relative_to(folder / "killed").as_posix()
+            for p in (folder / "killed").rglob("*")
+            if p.suffix != ".txt"
+        )
         newest = [name for name in left if name.startswith("checkpoints/") and name.count("/") == 1]
         again, said, _ = run("killed")
         same = again == 0 and result(folder / "killed") == expected
         failed += not same or status != -number
-        going_on = [line for line in said.splitlines() if line.startswith("Going on") or "skipped" in line or "nothing to do" in line]
-        print(f"{'same' if same else 'DIFFERENT'}: killed ({status}) at " + (f"change {at}" if by_file else f"{at:.2f} s")
-              + f"; left {newest}; {going_on}" + ("" if same else f"\n{said}"), flush=True)
+        going_on = [
+            line
+            for line in said.splitlines()
+            if line.startswith("Going on") or "skipped" in line or "nothing to do" in line
+        ]
+        print(
+            f"{'same' if same else 'DIFFERENT'}: killed ({status}) at "
+            + (f"change {at}" if by_file else f"{at:.2f} s")
+            + f"; left {newest}; {going_on}"
+            + ("" if same else f"\n{said}"),
+            flush=True,
+        )
         shutil.rmtree(folder / "killed")
     print(f"{int(kills) - failed} of {kills} ended as the run that was never stopped.")
     sys.exit(bool(failed))

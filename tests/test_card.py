@@ -4,23 +4,41 @@ import yaml
 
 from qlora_helpers import LABELS, model_card, scoreboard
 
-HISTORY = {"best_epoch": 2.0, "seconds": 90.0, "plan": {"micro_batch_size": 16},
-           "label_words": [f" {label}" for label in LABELS]}
+HISTORY = {
+    "best_epoch": 2.0,
+    "seconds": 90.0,
+    "plan": {"micro_batch_size": 16},
+    "label_words": [f" {label}" for label in LABELS],
+}
 
 
 def test_the_card_says_what_the_adapter_is_and_what_it_reached(config):
-    table = scoreboard([0, 1, 2, 3], {"majority class": [0, 0, 0, 0], "tuned model": [0, 1, 2, 0]}, LABELS)
+    table = scoreboard(
+        [0, 1, 2, 3], {"majority class": [0, 0, 0, 0], "tuned model": [0, 1, 2, 0]}, LABELS
+    )
     card = model_card(config, table, HISTORY, 1.25, "abc123")
     _, head, text = card.split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    for part in ("revision abc123", "280 rows of sample for 3 epochs", "(epoch 2)", "accuracy 0.7500 (95% interval 0.3006 to 0.9544)",
-                 "| tuned model | 0.75 |", "temperature 1.250", "\"lora_dropout\": 0.05", "peft 0.", "\\nTopic:", "1.5 minutes"):
+    for part in (
+        "revision abc123",
+        "280 rows of sample for 3 epochs",
+        "(epoch 2)",
+        "accuracy 0.7500 (95% interval 0.3006 to 0.9544)",
+        "| tuned model | 0.75 |",
+        "temperature 1.250",
+        '"lora_dropout": 0.05',
+        "peft 0.",
+        "\\nTopic:",
+        "1.5 minutes",
+    ):
         assert part in text, part
 
 
 def test_the_card_does_not_tell_where_this_machine_keeps_its_data(config, tmp_path):
     table = scoreboard([0, 1], {"tuned model": [0, 1]}, LABELS)
-    card = model_card(dataclasses.replace(config, data=str(tmp_path / "ag_news")), table, HISTORY, 1.0, None)
+    card = model_card(
+        dataclasses.replace(config, data=str(tmp_path / "ag_news")), table, HISTORY, 1.0, None
+    )
     assert str(tmp_path) not in card and "rows of ag_news" in card
 
 

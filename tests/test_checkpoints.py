@@ -44,6 +44,7 @@ def prepared(tiny, workspace):
     def prepare(**options):
         run, config = stages.open_workspace("02_data_subset")
         return run, stages.trainer_for(run, config, **options)
+
     return prepare
 
 
@@ -59,27 +60,40 @@ def _finish(prepared, workspace) -> dict:
 
 
 @pytest.mark.parametrize("step", [1, 7])
-def test_an_interrupt_inside_an_accumulation_loses_nothing(prepared, workspace, uninterrupted, step):
+def test_an_interrupt_inside_an_accumulation_loses_nothing(
+    prepared, workspace, uninterrupted, step
+):
     run, trainer = prepared()
     stages.stop_at(trainer, step)
     panel = LossPanel(run)
-    with pytest.raises(TrainingStopped, match=rf"Stopped at step {step} of 12. The checkpoint of step {step} is written: it goes on"):
+    with pytest.raises(
+        TrainingStopped,
+        match=rf"Stopped at step {step} of 12. The checkpoint of step {step} is written: it goes on",
+    ):
         trainer.fit(run, panel)
     assert f"The checkpoint of step {step} is written" in panel.status.value
-    assert set(_names(workspace / "checkpoints")) == {f"checkpoint-{n}" for n in (6, step) if n <= step}
+    assert set(_names(workspace / "checkpoints")) == {
+        f"checkpoint-{n}" for n in (6, step) if n <= step
+    }
     assert _finish(prepared, workspace) == uninterrupted
     assert not (workspace / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGINT, 6), (signal.SIGTERM, 4)])
-def test_a_signal_ends_training_after_the_step_with_a_checkpoint(prepared, workspace, uninterrupted, number, step):
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
+    prepared, workspace, uninterrupted, number, step
+):
     run, trainer = prepared()
-    handlers, done = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)], trainer.training_step
+    handlers, done = (
+        [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)],
+        trainer.training_step,
+    )
 
     def training_step(*args, **kwargs):
         if trainer.state.global_step == step - 1:
             os.kill(os.getpid(), number)
         return done(*args, **kwargs)
+
     trainer.training_step = training_step
     with pytest.raises(TrainingStopped, match="Stopped"):
         trainer.fit(run)
@@ -99,7 +113,9 @@ def test_an_interrupt_in_the_first_evaluation_starts_again(prepared, workspace, 
     run, trainer = prepared()
     trainer.compute_loss = lambda *args, **kwargs: signal.default_int_handler(signal.SIGINT, None)
     panel = LossPanel(run)
-    with pytest.raises(TrainingStopped, match="Stopped at step 0 of 12. There is no checkpoint yet"):
+    with pytest.raises(
+        TrainingStopped, match="Stopped at step 0 of 12. There is no checkpoint yet"
+    ):
         trainer.fit(run, panel)
     assert "Stopped at step 0" in panel.status.value
     assert _finish(prepared, workspace) == uninterrupted
@@ -134,7 +150,9 @@ def test_a_cut_that_memory_now_allows_does_not_change_the_rest(prepared, workspa
         trainer.fit(run)
     run, config = stages.open_workspace("02_data_subset")
     trainer = stages.trainer_for(run, config)
-    trainer.plan = dataclasses.replace(trainer.plan, micro_batch_size=8, gradient_accumulation_steps=1)
+    trainer.plan = dataclasses.replace(
+        trainer.plan, micro_batch_size=8, gradient_accumulation_steps=1
+    )
     trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps = 8, 1
     trainer.fit(run)
     stages.evaluate()
@@ -147,15 +165,19 @@ def test_other_settings_refuse_to_go_on_and_say_which(prepared, workspace, tiny)
     with pytest.raises(TrainingStopped):
         trainer.fit(run)
     for settings, said in (
-            ({"learning_rate": 0.02}, "learning_rate was 0.01 and is now 0.02"),
-            ({"lora_r": 8}, "LoraConfig.r was 4 and is now 8; lora_r was 4"),
-            ({"seed": 7}, "seed was 42 and is now 7"),
-            ({"num_epochs": 3}, "num_epochs was 2 and is now 3")):
+        ({"learning_rate": 0.02}, "learning_rate was 0.01 and is now 0.02"),
+        ({"lora_r": 8}, "LoraConfig.r was 4 and is now 8; lora_r was 4"),
+        ({"seed": 7}, "seed was 42 and is now 7"),
+        ({"num_epochs": 3}, "num_epochs was 2 and is now 3"),
+    ):
         stages.set_up(stages.tiny_config(tiny, **settings))
         stages.draw()
         run, trainer = prepared()
-        with pytest.raises(WorkspaceError, match="checkpoint-3 is of an unfinished training with "
-                                                 rf"other settings: .*{said}.*delete .*/chec"):
+        with pytest.raises(
+            WorkspaceError,
+            match="checkpoint-3 is of an unfinished training with "
+            rf"other settings: .*{said}.*delete .*/chec",
+        ):
             trainer.fit(run)
     shutil.rmtree(workspace / "checkpoints")  # the remedy
     assert len(trainer.fit(run)["train"]) == 6 * 3
@@ -169,7 +191,9 @@ def test_other_rows_refuse_to_go_on(prepared):
     frame = stages.pd.read_parquet(run / "subset" / "train.parquet")
     run.write("subset/train.parquet", frame.iloc[::-1].to_parquet())
     run.publish("02_data_subset", trainer.config, ["subset"], inputs=("01_setup",))
-    with pytest.raises(WorkspaceError, match="02_data_subset was run .* after this notebook had read"):
+    with pytest.raises(
+        WorkspaceError, match="02_data_subset was run .* after this notebook had read"
+    ):
         trainer.fit(run)
     run, trainer = prepared()
     with pytest.raises(WorkspaceError, match="unfinished training with other data"):
@@ -188,20 +212,31 @@ def test_a_torn_checkpoint_is_skipped_with_a_line(prepared, workspace, uninterru
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-9.partial")
     assert _finish(prepared, workspace) == uninterrupted
     said = capsys.readouterr().out
-    assert "checkpoint-5 is not complete (optimizer.pt is not what its manifest names): skipped." in said
-    assert "checkpoint-9.partial was not finished" in said and "Going on from the checkpoint of step 4 of 12" in said
+    assert (
+        "checkpoint-5 is not complete (optimizer.pt is not what its manifest names): skipped."
+        in said
+    )
+    assert (
+        "checkpoint-9.partial was not finished" in said
+        and "Going on from the checkpoint of step 4 of 12" in said
+    )
 
 
 def test_a_checkpoint_is_due_by_minutes(prepared, monkeypatch):
     run, trainer = prepared(checkpoint_minutes=0.0)
     written, write = [], Checkpoints.write
-    monkeypatch.setattr(Checkpoints, "write", lambda self, step, *a, **k: written.append(step) or write(self, step, *a, **k))
+    monkeypatch.setattr(
+        Checkpoints,
+        "write",
+        lambda self, step, *a, **k: written.append(step) or write(self, step, *a, **k),
+    )
     trainer.fit(run)
     assert written == list(range(1, 13))
 
 
 def test_only_safetensors_json_and_plain_state_are_read(prepared, workspace, tmp_path):
     """A pickle that runs code, in a checkpoint whose manifest names it."""
+
     class Payload:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
@@ -211,14 +246,23 @@ def test_only_safetensors_json_and_plain_state_are_read(prepared, workspace, tmp
     with pytest.raises(TrainingStopped):
         trainer.fit(run)
     folder = workspace / "checkpoints" / "checkpoint-3"
-    assert {path.name for path in folder.iterdir()} == {"adapter.safetensors", "best.safetensors", "manifest.json", "optimizer.pt",
-                                                        "rng_state.pth", "scheduler.pt", "trainer_state.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter.safetensors",
+        "best.safetensors",
+        "manifest.json",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "trainer_state.json",
+    }
     (folder / "rng_state.pth").write_bytes(pickle.dumps(Payload()))
     manifest = unsealed((folder / "manifest.json").read_bytes())
     manifest["files"]["rng_state.pth"] = sha256(folder / "rng_state.pth")
     (folder / "manifest.json").write_text(sealed(manifest))
     run, trainer = prepared()
-    with pytest.raises(WorkspaceError, match="checkpoint-3 holds more than the state of a training .* delete it"):
+    with pytest.raises(
+        WorkspaceError, match="checkpoint-3 holds more than the state of a training .* delete it"
+    ):
         trainer.fit(run)
     assert not (tmp_path / "ran").exists()
 
@@ -226,7 +270,11 @@ def test_only_safetensors_json_and_plain_state_are_read(prepared, workspace, tmp
 def test_a_loss_that_is_not_a_number_leaves_the_checkpoint(prepared, workspace, monkeypatch):
     run, trainer = prepared(checkpoint_steps=2)
     logits = training.label_logits
-    monkeypatch.setattr(training, "label_logits", lambda *a: logits(*a) * (torch.nan if trainer.state.global_step == 3 else 1))
+    monkeypatch.setattr(
+        training,
+        "label_logits",
+        lambda *a: logits(*a) * (torch.nan if trainer.state.global_step == 3 else 1),
+    )
     with pytest.raises(ModelError, match="the loss is nan at step 4.*QLORA_LEARNING_RATE"):
         trainer.fit(run)
     assert _names(workspace / "checkpoints") == ["checkpoint-2"]
@@ -240,6 +288,7 @@ def test_weights_that_are_not_numbers_are_never_kept(prepared, workspace):
         step(args, state, control, **kwargs)
         if state.global_step == 3:
             next(iter(trainer.trainable().values())).data.fill_(torch.nan)
+
     trainer.watch.on_step_end = poison
     with pytest.raises(ModelError, match="the loss is nan at step 4"):
         trainer.fit(run)
@@ -248,7 +297,11 @@ def test_weights_that_are_not_numbers_are_never_kept(prepared, workspace):
 
 def _mounted(folder: Path, options: str) -> None:
     folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
 
@@ -275,11 +328,18 @@ def test_a_full_disk_loses_nothing_before(small_disk, tiny, uninterrupted, capsy
         if state.global_step == 4:
             free = os.statvfs(small_disk)
             filler.write_bytes(b"x" * (free.f_bavail * free.f_bsize - 40_000))
+
     trainer.watch.on_step_end = fill
-    with pytest.raises(WorkspaceError, match="adapter.* cannot be written .*No space left.*Free some space there; then run this"):
+    with pytest.raises(
+        WorkspaceError,
+        match="adapter.* cannot be written .*No space left.*Free some space there; then run this",
+    ):
         trainer.fit(run)
     said = capsys.readouterr().out
-    assert "The checkpoint of step 4 cannot be written" in said and "the one of step 3 is kept. Training goes on" in said
+    assert (
+        "The checkpoint of step 4 cannot be written" in said
+        and "the one of step 3 is kept. Training goes on" in said
+    )
     assert _names(run / "checkpoints") == ["checkpoint-2", "checkpoint-3"]
     filler.unlink()
     stages.train()
@@ -290,8 +350,14 @@ def test_a_full_disk_loses_nothing_before(small_disk, tiny, uninterrupted, capsy
 def test_a_workspace_that_is_read_only_is_named_before_training(small_disk, prepared_on_disk):
     run, trainer = prepared_on_disk
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    for write in (lambda: trainer.fit(run), lambda: run.publish("02_data_subset", trainer.config, ["subset"]), stages.draw):
-        with pytest.raises(WorkspaceError, match="cannot be written .*Read-only file system.*QLORA_WORKSPACE"):
+    for write in (
+        lambda: trainer.fit(run),
+        lambda: run.publish("02_data_subset", trainer.config, ["subset"]),
+        stages.draw,
+    ):
+        with pytest.raises(
+            WorkspaceError, match="cannot be written .*Read-only file system.*QLORA_WORKSPACE"
+        ):
             write()
     assert trainer.state.global_step == 0
 
@@ -347,7 +413,9 @@ def drive(tmp_path, monkeypatch):
         def call(*args, **kwargs):
             there = str(path_of(*args, **kwargs)).startswith(str(drive.folder))
             return drive.call(real, *args, **kwargs) if there else real(*args, **kwargs)
+
         monkeypatch.setattr(module, name, call)
+
     flaky(os, "replace", lambda source, target: target)
     flaky(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
     flaky(builtins, "open", lambda path, mode="r", *args, **kwargs: path if "w" in mode else "")
@@ -372,6 +440,7 @@ def test_a_slow_and_flaky_drive_does_not_hold_up_training(drive, tiny, uninterru
         if state.global_step == 9:
             drive.release()
             raise KeyboardInterrupt
+
     trainer.watch.on_step_end = watch
     with pytest.raises(TrainingStopped):
         trainer.fit(run)
@@ -391,15 +460,24 @@ def test_two_notebooks_in_one_workspace(prepared, workspace):
     with run.hold("03_qlora_training"):
         said = (workspace / ".lock").read_text()
     assert said.startswith(f"03_qlora_training, process {os.getpid()}, since ")
-    code = ("import fcntl, sys\nfile = open(sys.argv[1])\nfcntl.flock(file, fcntl.LOCK_EX)\n"
-            "print('held', flush=True)\nsys.stdin.read()")  # until it is killed
-    other = subprocess.Popen([sys.executable, "-c", code, str(workspace / ".lock")],
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    code = (
+        "import fcntl, sys\nfile = open(sys.argv[1])\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\nsys.stdin.read()"
+    )  # until it is killed
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(workspace / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         assert other.stdout.readline() == "held\n"
         before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*")}
         for write in (lambda: trainer.fit(run), stages.draw, lambda: run.write("note", "x")):
-            with pytest.raises(WorkspaceError, match=r"another notebook is writing to .*\(03_qlora_training, process \d+, since"):
+            with pytest.raises(
+                WorkspaceError,
+                match=r"another notebook is writing to .*\(03_qlora_training, process \d+, since",
+            ):
                 write()
         assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*")} == before
     finally:
@@ -410,9 +488,14 @@ def test_two_notebooks_in_one_workspace(prepared, workspace):
 
 
 def test_a_folder_without_locks_is_no_obstacle(workspace, monkeypatch, capsys):
-    monkeypatch.setattr("qlora_helpers.lock.fcntl.flock", lambda *args: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    monkeypatch.setattr(
+        "qlora_helpers.lock.fcntl.flock",
+        lambda *args: (_ for _ in ()).throw(OSError(95, "Operation not supported")),
+    )
     Workspace(workspace).write("note", "x")
-    assert (workspace / "note").read_text() == "x" and "cannot be locked (Operation not supported)" in capsys.readouterr().out
+    assert (
+        workspace / "note"
+    ).read_text() == "x" and "cannot be locked (Operation not supported)" in capsys.readouterr().out
 
 
 def test_training_outside_the_main_thread_needs_no_signals(prepared, workspace):
@@ -433,13 +516,24 @@ def test_no_secret_is_written(prepared, workspace, monkeypatch, capfd):
     kept = b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
     stages.train()
     kept += b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
-    assert len(kept) > 100_000 and secret.encode() not in kept and secret not in "".join(capfd.readouterr())
+    assert (
+        len(kept) > 100_000
+        and secret.encode() not in kept
+        and secret not in "".join(capfd.readouterr())
+    )
 
 
-@pytest.mark.parametrize("kills", [pytest.param(5, id="5"), pytest.param(40, id="40", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(5, id="5"), pytest.param(40, id="40", marks=pytest.mark.slow)]
+)
 def test_killed_anywhere_it_ends_as_if_never_stopped(tiny, tmp_path, kills):
-    done = subprocess.run([sys.executable, stages.__file__, tiny, str(tmp_path / "runs"), str(kills), str(kills)],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(stages.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, stages.__file__, tiny, str(tmp_path / "runs"), str(kills), str(kills)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(stages.__file__).parents[1],
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} of {kills} ended as the run that was never stopped." in done.stdout
@@ -449,8 +543,13 @@ def test_killed_anywhere_it_ends_as_if_never_stopped(tiny, tmp_path, kills):
 def test_a_second_and_third_run_in_one_kernel_hold_no_more_memory(tmp_path):
     """Anonymous memory, of the embedded model, by the cells of 03."""
     code = Path(__file__).with_name("memory.py")
-    done = subprocess.run([sys.executable, code], capture_output=True, text=True, cwd=code.parents[1],
-                          env=os.environ | {"QLORA_WORKSPACE": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, code],
+        capture_output=True,
+        text=True,
+        cwd=code.parents[1],
+        env=os.environ | {"QLORA_WORKSPACE": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     first, *later = json.loads(done.stdout.splitlines()[-1])
@@ -458,4 +557,6 @@ def test_a_second_and_third_run_in_one_kernel_hold_no_more_memory(tmp_path):
 
 
 def test_errors_are_for_readers():
-    assert issubclass(TrainingStopped, QLoraError) and TrainingStopped("x")._render_traceback_() == ["TrainingStopped: x"]
+    assert issubclass(TrainingStopped, QLoraError) and TrainingStopped(
+        "x"
+    )._render_traceback_() == ["TrainingStopped: x"]

@@ -8,14 +8,24 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from qlora_helpers import LABELS, HeadlineClassifier, export_adapter, label_probabilities, with_temperature
+from qlora_helpers import (
+    LABELS,
+    HeadlineClassifier,
+    export_adapter,
+    label_probabilities,
+    with_temperature,
+)
 from qlora_helpers import classifier as module
 from qlora_helpers.cleaning import clean_text
 from qlora_helpers.errors import DataError, ModelError, QLoraError, WorkspaceError
 
 COLUMNS = ["label", "confidence", *(f"P({label})" for label in LABELS)]
-TEXTS = ["Striker signs record contract",
-         "Central bank raises rates by half a point as inflation quickens", "Rain", "Probe lands on the moon"]
+TEXTS = [
+    "Striker signs record contract",
+    "Central bank raises rates by half a point as inflation quickens",
+    "Rain",
+    "Probe lands on the moon",
+]
 HOSTILE = {
     "one word": "goal",
     "long": "goal " * 10_000,
@@ -47,8 +57,12 @@ def test_a_table_of_labels_and_probabilities(classifier):
 def test_as_04_scores_them_but_for_the_temperature(classifier):
     as_in_04 = label_probabilities(classifier.model, classifier.tokenizer, TEXTS, classifier.config)
     assert classifier.temperature == 1.5
-    np.testing.assert_allclose(values(classifier(TEXTS)), with_temperature(as_in_04, 1.5), atol=1e-6)
-    np.testing.assert_allclose(with_temperature(values(classifier(TEXTS)), 1 / 1.5), as_in_04, atol=1e-6)
+    np.testing.assert_allclose(
+        values(classifier(TEXTS)), with_temperature(as_in_04, 1.5), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        with_temperature(values(classifier(TEXTS)), 1 / 1.5), as_in_04, atol=1e-6
+    )
 
 
 def test_the_notebooks_predictions_again(notebook_workspace):
@@ -56,7 +70,9 @@ def test_the_notebooks_predictions_again(notebook_workspace):
     test = pd.read_parquet(notebook_workspace / "subset" / "test.parquet").head(12)
     rows = pd.read_parquet(notebook_workspace / "predictions.parquet").head(12)
     classifier = HeadlineClassifier.from_workspace(notebook_workspace)
-    expected = with_temperature(rows[[f"tuned model: P({label})" for label in LABELS]].to_numpy(), classifier.temperature)
+    expected = with_temperature(
+        rows[[f"tuned model: P({label})" for label in LABELS]].to_numpy(), classifier.temperature
+    )
     np.testing.assert_allclose(values(classifier(test.text)), expected, atol=1e-4)
     np.testing.assert_allclose(values(classifier(test.text[0])), expected[:1], atol=1e-4)
 
@@ -131,7 +147,9 @@ def test_a_short_call_prints_nothing(classifier, capfd):
 
 def test_the_base_model_without_adapter_and_temperature(classifier):
     with classifier.model.disable_adapter():
-        expected = label_probabilities(classifier.model, classifier.tokenizer, TEXTS, classifier.config)
+        expected = label_probabilities(
+            classifier.model, classifier.tokenizer, TEXTS, classifier.config
+        )
     found = classifier.probabilities(TEXTS, base_model=True)
     np.testing.assert_array_equal(found, expected)
     assert abs(found - classifier.probabilities(TEXTS)).max() > 0.05
@@ -147,7 +165,7 @@ def test_word_effects_are_the_log_odds_lost_without_each_word(classifier):
     [whole] = classifier.probabilities(TEXTS[:1])
     label = whole.argmax()
     for i, effect in enumerate(table.effect):
-        [without] = classifier.probabilities([" ".join(text[:i] + text[i + 1:])])
+        [without] = classifier.probabilities([" ".join(text[:i] + text[i + 1 :])])
         assert effect == pytest.approx(log_odds(whole, label) - log_odds(without, label), abs=1e-4)
     assert table.effect.abs().max() > 0.1
     assert classifier.word_effects("word").empty and classifier.word_effects("").empty
@@ -175,7 +193,9 @@ def test_an_adapter_folder_can_be_used_alone(tuned, classifier, tmp_path):
 
 def test_other_labels_go_with_the_adapter(tuned, tmp_path):
     shutil.copytree(tuned / "adapter", tmp_path / "a")
-    settings = json.loads((tmp_path / "a" / "qlora_config.json").read_text()) | {"labels": ["yes", "no", "perhaps"]}
+    settings = json.loads((tmp_path / "a" / "qlora_config.json").read_text()) | {
+        "labels": ["yes", "no", "perhaps"]
+    }
     (tmp_path / "a" / "qlora_config.json").write_text(json.dumps(settings))
     (tmp_path / "a" / "calibration.json").unlink()
     alone = HeadlineClassifier.from_adapter(str(tmp_path / "a"))
@@ -183,22 +203,41 @@ def test_other_labels_go_with_the_adapter(tuned, tmp_path):
     assert alone.temperature == 1.0
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("qlora_config.json", None, "qlora_config.json is missing"),
-    ("qlora_config.json", "{", "qlora_config.json cannot be read"),
-    ("qlora_config.json", "[]", "not what it should be"),
-    ("qlora_config.json", '{"labels": 5, "max_length": 64, "prompt": "{text}\\nTopic:"}', "does not hold what it should"),
-    ("qlora_config.json", '{"labels": ["a"], "max_length": 64, "prompt": "{text}\\nTopic:"}', "labels are"),
-    ("qlora_config.json", '{"labels": ["a", "b"], "max_length": "64", "prompt": "{text}\\nTopic:"}', "max_length is '64'"),
-    ("qlora_config.json", '{"labels": ["a", "b"], "max_length": 64, "prompt": "{text}?"}', "trained with the prompt"),
-    ("adapter_config.json", None, "adapter_config.json is missing"),
-    ("adapter_config.json", "{}", "does not hold what it should"),
-    ("adapter_model.safetensors", None, "cannot be loaded|refused"),
-    ("adapter_model.safetensors", "not weights", "cannot be loaded|refused"),
-    ("calibration.json", '{"temperature": 0}', "temperature 0, not a positive number"),
-    ("calibration.json", '{"temperature": NaN}', "temperature nan, not a positive number"),
-    ("calibration.json", "{}", "temperature None"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("qlora_config.json", None, "qlora_config.json is missing"),
+        ("qlora_config.json", "{", "qlora_config.json cannot be read"),
+        ("qlora_config.json", "[]", "not what it should be"),
+        (
+            "qlora_config.json",
+            '{"labels": 5, "max_length": 64, "prompt": "{text}\\nTopic:"}',
+            "does not hold what it should",
+        ),
+        (
+            "qlora_config.json",
+            '{"labels": ["a"], "max_length": 64, "prompt": "{text}\\nTopic:"}',
+            "labels are",
+        ),
+        (
+            "qlora_config.json",
+            '{"labels": ["a", "b"], "max_length": "64", "prompt": "{text}\\nTopic:"}',
+            "max_length is '64'",
+        ),
+        (
+            "qlora_config.json",
+            '{"labels": ["a", "b"], "max_length": 64, "prompt": "{text}?"}',
+            "trained with the prompt",
+        ),
+        ("adapter_config.json", None, "adapter_config.json is missing"),
+        ("adapter_config.json", "{}", "does not hold what it should"),
+        ("adapter_model.safetensors", None, "cannot be loaded|refused"),
+        ("adapter_model.safetensors", "not weights", "cannot be loaded|refused"),
+        ("calibration.json", '{"temperature": 0}', "temperature 0, not a positive number"),
+        ("calibration.json", '{"temperature": NaN}', "temperature nan, not a positive number"),
+        ("calibration.json", "{}", "temperature None"),
+    ],
+)
 def test_a_damaged_folder_is_named(tuned, tmp_path, monkeypatch, name, content, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "a"
@@ -211,7 +250,9 @@ def test_a_damaged_folder_is_named(tuned, tmp_path, monkeypatch, name, content, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", "./adapter", "/nowhere", "adapter", "a b/c d", "account/"])
+@pytest.mark.parametrize(
+    "source", ["no/such/folder", "./adapter", "/nowhere", "adapter", "a b/c d", "account/"]
+)
 def test_what_is_neither_a_folder_nor_on_the_hub(source):
     with pytest.raises(ModelError, match="there is no adapter folder|it is neither a folder here"):
         HeadlineClassifier.from_adapter(source)
@@ -225,18 +266,33 @@ def test_a_workspace_without_training_names_the_notebook(tmp_path):
 def test_a_temperature_that_04_did_not_write_is_refused(tuned, tmp_path):
     shutil.copytree(tuned.path, tmp_path / "run")
     (tmp_path / "run" / "adapter" / "calibration.json").write_text('{"temperature": 1.0}')
-    with pytest.raises(WorkspaceError, match="calibration.json is not what 04_evaluation wrote. Run notebooks/04_evaluation.ipynb again."):
+    with pytest.raises(
+        WorkspaceError,
+        match="calibration.json is not what 04_evaluation wrote. Run notebooks/04_evaluation.ipynb again.",
+    ):
         HeadlineClassifier.from_workspace(tmp_path / "run")
 
 
-def test_the_exported_adapter_is_half_the_size_and_gives_the_same_labels(tuned, classifier, tmp_path):
+def test_the_exported_adapter_is_half_the_size_and_gives_the_same_labels(
+    tuned, classifier, tmp_path
+):
     path = export_adapter(tuned, tmp_path / "new" / "adapter.zip")
     assert [file.name for file in path.parent.iterdir()] == ["adapter.zip"]
     with zipfile.ZipFile(path) as file:
-        assert sorted(file.namelist()) == ["adapter_config.json", "adapter_model.safetensors", "calibration.json", "qlora_config.json"]
+        assert sorted(file.namelist()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "calibration.json",
+            "qlora_config.json",
+        ]
         file.extractall(tmp_path / "unpacked")
-    weights, before = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "unpacked", tuned / "adapter"))
-    assert weights.keys() == before.keys() and {w.dtype for w in weights.values()} == {np.dtype("float16")}
+    weights, before = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path / "unpacked", tuned / "adapter")
+    )
+    assert weights.keys() == before.keys() and {w.dtype for w in weights.values()} == {
+        np.dtype("float16")
+    }
     for name, weight in before.items():
         np.testing.assert_allclose(weights[name], weight, rtol=1e-3, atol=1e-6)
     again = HeadlineClassifier.from_adapter(tmp_path / "unpacked")

@@ -20,18 +20,24 @@ TEXTS = ["Striker signs record contract", "Oil climbs, shares fall", "雨で試�
 
 def expected(classifier, text: str) -> dict:
     row = classifier([text]).iloc[0]
-    return {"text": text, "label": row.label, "confidence": pytest.approx(row.confidence, abs=1e-4),
-            "probabilities": {label: pytest.approx(row[f"P({label})"], abs=1e-4) for label in LABELS}}
+    return {
+        "text": text,
+        "label": row.label,
+        "confidence": pytest.approx(row.confidence, abs=1e-4),
+        "probabilities": {label: pytest.approx(row[f"P({label})"], abs=1e-4) for label in LABELS},
+    }
 
 
 @pytest.fixture
 def piped(monkeypatch, capsys):
     """main() with `data` on standard input: exit code, lines of stdout, stderr."""
+
     def call(data: bytes, *arguments: str):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         code = main(["classify", *arguments])
         out, err = capsys.readouterr()
         return code, [json.loads(line) for line in out.split("\n")[:-1]], err
+
     return call
 
 
@@ -42,8 +48,14 @@ def test_in_a_process_of_its_own_whose_reader_stops_early(tuned, classifier):
     command = [sys.executable, "-m", "qlora_helpers", "classify", "--workspace", str(tuned.path)]
     shell = ["bash", "-c", '"$@" | head -n 4; echo ${PIPESTATUS[0]}', "bash"]
     environment = {"PYTHONPATH": str(ROOT), "LANG": "C", "PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([*shell, *command], input=lines.encode(), capture_output=True, cwd=ROOT,
-                          timeout=600, env=os.environ | environment)
+    done = subprocess.run(
+        [*shell, *command],
+        input=lines.encode(),
+        capture_output=True,
+        cwd=ROOT,
+        timeout=600,
+        env=os.environ | environment,
+    )
     assert done.stderr == b""
     *found, empty, code = [json.loads(line) for line in done.stdout.decode().splitlines()]
     assert found == [expected(classifier, text) for text in TEXTS] and code == 0
@@ -57,10 +69,18 @@ def test_headlines_as_arguments(tuned, classifier, capsys):
 
 
 def test_lines_of_standard_input_one_for_one(piped, tuned, classifier):
-    data = "\ufeff" + TEXTS[0] + "\r\n\n  \n" + TEXTS[1] + "\u2028still\x0bthe same line\n" + TEXTS[2]
+    data = (
+        "\ufeff" + TEXTS[0] + "\r\n\n  \n" + TEXTS[1] + "\u2028still\x0bthe same line\n" + TEXTS[2]
+    )
     code, found, err = piped(data.encode(), "--workspace", str(tuned.path))
     assert (code, err) == (0, "")
-    assert [row["text"] for row in found] == [TEXTS[0], "", "  ", TEXTS[1] + "\u2028still\x0bthe same line", TEXTS[2]]
+    assert [row["text"] for row in found] == [
+        TEXTS[0],
+        "",
+        "  ",
+        TEXTS[1] + "\u2028still\x0bthe same line",
+        TEXTS[2],
+    ]
     assert [row["label"] is None for row in found] == [False, True, True, False, False]
     assert found[0] == expected(classifier, TEXTS[0]) and found[4] == expected(classifier, TEXTS[2])
 
@@ -72,7 +92,9 @@ def test_an_adapter_alone(piped, tuned, classifier, tmp_path):
 
 
 def test_more_lines_than_are_classified_at_once(piped, tuned, classifier):
-    code, found, _ = piped("".join(f"{i % 9} goals\n" for i in range(1100)).encode(), "--workspace", str(tuned.path))
+    code, found, _ = piped(
+        "".join(f"{i % 9} goals\n" for i in range(1100)).encode(), "--workspace", str(tuned.path)
+    )
     assert code == 0 and [row["text"] for row in found] == [f"{i % 9} goals" for i in range(1100)]
     assert found[9 * 110] == expected(classifier, "0 goals")
 
@@ -81,24 +103,38 @@ def test_no_line_gives_no_line(piped, tuned):
     assert piped(b"", "--workspace", str(tuned.path)) == (0, [], "")
 
 
-@pytest.mark.parametrize(("data", "arguments", "message"), [
-    (b"Rain\nf\xfcnf\n", (), "standard input is not UTF-8 (line 2)"),
-    (b"Rain", ("--workspace", "no/such"), "no/such holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first."),
-    (b"Rain", ("--adapter", "no/such/folder"), "there is no adapter folder 'no/such/folder' here"),
-    (b"Rain", ("--adapter", "."), "qlora_config.json is missing"),
-])
+@pytest.mark.parametrize(
+    ("data", "arguments", "message"),
+    [
+        (b"Rain\nf\xfcnf\n", (), "standard input is not UTF-8 (line 2)"),
+        (
+            b"Rain",
+            ("--workspace", "no/such"),
+            "no/such holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first.",
+        ),
+        (
+            b"Rain",
+            ("--adapter", "no/such/folder"),
+            "there is no adapter folder 'no/such/folder' here",
+        ),
+        (b"Rain", ("--adapter", "."), "qlora_config.json is missing"),
+    ],
+)
 def test_what_is_wrong_is_one_line_and_exit_code_2(piped, data, arguments, message):
     code, found, err = piped(data, *arguments)
     assert (code, found) == (2, [])
     assert message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((), "the following arguments are required: command"),
-    (("clasify",), "invalid choice: 'clasify'"),
-    (("classify", "--adaptr", "x", "Rain"), "unrecognized arguments: --adaptr"),
-    (("classify", "--adapter", "x", "--workspace", "y", "Rain"), "not allowed with argument"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: command"),
+        (("clasify",), "invalid choice: 'clasify'"),
+        (("classify", "--adaptr", "x", "Rain"), "unrecognized arguments: --adaptr"),
+        (("classify", "--adapter", "x", "--workspace", "y", "Rain"), "not allowed with argument"),
+    ],
+)
 def test_wrong_arguments_are_one_line_and_exit_code_2(capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
         main(list(arguments))
@@ -117,4 +153,5 @@ def test_an_error_ends_the_module_with_its_exit_code(monkeypatch, tmp_path, caps
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
         f"python -m qlora_helpers: {tmp_path} holds nothing from 01_setup yet. "
-        "Run notebooks/01_setup.ipynb first.\n")
+        "Run notebooks/01_setup.ipynb first.\n"
+    )

@@ -16,8 +16,12 @@ from qlora_helpers.errors import QLoraError, TrainingStopped
 from qlora_helpers.widgets import LossPanel
 from qlora_helpers.workspace import Workspace
 
-RUNS = {"01_setup": lambda config: stages.set_up(config), "02_data_subset": lambda config: stages.draw(),
-        "03_qlora_training": lambda config: stages.train(), "04_evaluation": lambda config: stages.evaluate()}
+RUNS = {
+    "01_setup": lambda config: stages.set_up(config),
+    "02_data_subset": lambda config: stages.draw(),
+    "03_qlora_training": lambda config: stages.train(),
+    "04_evaluation": lambda config: stages.evaluate(),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def made(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         for name, seed in (("finished", 42), ("finished-other", 7)):
             patch.setenv("QLORA_WORKSPACE", str(folder / name))
-            for earlier in ([8] if seed == 42 else []):
+            for earlier in [8] if seed == 42 else []:
                 stages.run_all(stages.tiny_config(tiny, seed=earlier))
             stages.run_all(stages.tiny_config(tiny, seed=seed))
             right = stages.infer() if seed == 42 else right
@@ -46,10 +50,12 @@ def _damage(path: Path, kind: str, other: Path, chance: random.Random) -> bool:
     """False where this damage would change nothing."""
     data = path.read_bytes()
     if kind == "cut":
-        path.write_bytes(data[:chance.randrange(len(data))] if data else b"?")
+        path.write_bytes(data[: chance.randrange(len(data))] if data else b"?")
     elif kind == "flipped":
         at = chance.randrange(max(1, len(data)))
-        path.write_bytes(data[:at] + bytes([(data + b"\0")[at] ^ 1 << chance.randrange(8)]) + data[at + 1:])
+        path.write_bytes(
+            data[:at] + bytes([(data + b"\0")[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+        )
     elif kind == "foreign":
         if not other.is_file() or other.read_bytes() == data:
             return False
@@ -107,17 +113,26 @@ def _corrupt(made, folder: Path, seed: int, monkeypatch) -> str:
     assert answer == right, ends + f"{answer} {said}"
     assert stages.result(folder) == result, ends + f"{said} {printed.getvalue()}"
     if name.startswith("checkpoints/checkpoint-"):
-        torn, newest = name.split("/")[1], (source / "unfinished" / "checkpoints" / "checkpoint-9").name
-        assert torn != newest or f"{torn} is not complete" in printed.getvalue(), ends + printed.getvalue()
+        torn, newest = (
+            name.split("/")[1],
+            (source / "unfinished" / "checkpoints" / "checkpoint-9").name,
+        )
+        assert torn != newest or f"{torn} is not complete" in printed.getvalue(), (
+            ends + printed.getvalue()
+        )
     elif name.startswith(("config", "subset", "adapter", "predictions", "training")):
         assert said and os.path.basename(name) in said[0], ends + str(said)
     elif name.startswith("manifests") and kind not in ("removed", "foreign"):
         assert said and name in said[0], ends + str(said)
     first_line = printed.getvalue().partition("\n")[0]
-    return ends.replace(str(folder), "") + (" / ".join(said) or f"no harm. {first_line}").replace(str(folder), "")
+    return ends.replace(str(folder), "") + (" / ".join(said) or f"no harm. {first_line}").replace(
+        str(folder), ""
+    )
 
 
-@pytest.mark.parametrize("count", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(20, id="20"), pytest.param(200, id="200", marks=pytest.mark.slow)]
+)
 def test_damage_is_named_with_its_remedy_and_changes_no_result(made, tmp_path, monkeypatch, count):
     for seed in range(count):
         print(seed, _corrupt(made, tmp_path / "run", 1000 * count + seed, monkeypatch), flush=True)

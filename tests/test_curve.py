@@ -47,7 +47,10 @@ def test_each_point_is_a_training_on_nested_rows(tiny, config):
     curve = learning_curve(run, rows, [40, 160])
     assert curve.index.tolist() == [40, 160] and curve.index.name == "rows"
     assert curve.columns.tolist() == ["tuned model", "TF-IDF + logistic regression"]
-    assert curve["TF-IDF + logistic regression"].is_monotonic_increasing and curve["TF-IDF + logistic regression"].iloc[1] > 0.6
+    assert (
+        curve["TF-IDF + logistic regression"].is_monotonic_increasing
+        and curve["TF-IDF + logistic regression"].iloc[1] > 0.6
+    )
     assert ((curve >= 0) & (curve <= 1)).all().all()
     again = learning_curve(run, rows, [40])
     assert again.loc[40].tolist() == curve.loc[40].tolist()

@@ -24,9 +24,23 @@ shell = InteractiveShell.instance()
 print("failed" if shell.run_cell({CELL!r}).error_in_exec else "went on")
 print(sorted(sys.modules.keys() & {{"torch", "transformers", "numpy", "bitsandbytes"}}))
 """
-    environment = os.environ | {"PIP_RETRIES": "0", "PIP_PROXY": "http://127.0.0.1:9", "PIP_NO_INDEX": "1", "PYTHONPATH": str(ROOT),
-                                "PIP_FIND_LINKS": "", "PIP_CONSTRAINT": "", "IPYTHONDIR": os.devnull + "/x"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    environment = os.environ | {
+        "PIP_RETRIES": "0",
+        "PIP_PROXY": "http://127.0.0.1:9",
+        "PIP_NO_INDEX": "1",
+        "PYTHONPATH": str(ROOT),
+        "PIP_FIND_LINKS": "",
+        "PIP_CONSTRAINT": "",
+        "IPYTHONDIR": os.devnull + "/x",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
     return re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
 
@@ -45,7 +59,10 @@ def test_where_the_package_is_it_does_nothing():
 def test_where_it_cannot_be_had_one_message_says_what_to_do():
     printed = _run('sys.modules["qlora_helpers"] = None  # as if it were not there')
     print(printed)
-    assert "SystemExit: qlora-helpers could not be installed; pip says why above. Check the network, and that the tag" in printed
+    assert (
+        "SystemExit: qlora-helpers could not be installed; pip says why above. Check the network, and that the tag"
+        in printed
+    )
     assert printed.splitlines()[-2:] == ["failed", "[]"]
     assert "ModuleNotFoundError" not in printed and "Traceback" not in printed
     assert "no such option" not in printed

@@ -29,23 +29,41 @@ def one_thread():
 @pytest.fixture(scope="module", params=[LlamaConfig, MistralConfig], ids=["llama", "mistral"])
 def checkpoint(request, tmp_path_factory):
     torch.manual_seed(0)
-    config = request.param(vocab_size=64, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, initializer_range=0.2)
+    config = request.param(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
     folder = tmp_path_factory.mktemp("model")
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
-def lora_model(checkpoint, dropout=0.0, dtype=torch.float32, nf4=True, targets=ALL_LINEAR, **choices) -> PeftModel:
+def lora_model(
+    checkpoint, dropout=0.0, dtype=torch.float32, nf4=True, targets=ALL_LINEAR, **choices
+) -> PeftModel:
     """A model with LoRA in training mode. A and B are random, neither zero: with B at zero half of the gradients would be."""
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                   bnb_4bit_compute_dtype=dtype)
-    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=quantized if nf4 else None)
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=dtype, quantization_config=quantized if nf4 else None
+    )
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets, **choices))
+    model = get_peft_model(
+        base,
+        LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=targets, **choices),
+    )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -57,7 +75,9 @@ def logits(model, rows=ROWS) -> torch.Tensor:
     base = model.get_base_model()
     use_packed_attention(base)
     packed = pack(rows, base.device)
-    return base.lm_head(base.base_model(**packed, use_cache=False).last_hidden_state[0, packed["ends"]])
+    return base.lm_head(
+        base.base_model(**packed, use_cache=False).last_hidden_state[0, packed["ends"]]
+    )
 
 
 def logits_one_by_one(model) -> torch.Tensor:
@@ -67,19 +87,25 @@ def logits_one_by_one(model) -> torch.Tensor:
     return torch.cat([base(torch.tensor([row], device=base.device)).logits[:, -1] for row in ROWS])
 
 
-def loss_and_gradients(model, seed=0, logits=logits) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model, seed=0, logits=logits
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     torch.manual_seed(seed)
     model.zero_grad()
     loss = cross_entropy(logits(model).float(), torch.tensor([1, 2, 3, 4]))
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 def assert_same(found, expected, **tolerance):
     assert found.keys() == expected.keys() and len(found) == 28
     for name in expected:
         assert expected[name].abs().max() > 0, name
-        torch.testing.assert_close(found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+        torch.testing.assert_close(
+            found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "linear"])
@@ -98,7 +124,10 @@ def test_half_precision_keeps_float32_gradients_no_further_off_than_pefts(checkp
         return sum((found[name] - exact[name]).square().sum() for name in exact).sqrt()
 
     exact = loss_and_gradients(lora_model(checkpoint))[1]
-    low, fused_low = lora_model(checkpoint, dtype=torch.bfloat16), fuse_lora(lora_model(checkpoint, dtype=torch.bfloat16))
+    low, fused_low = (
+        lora_model(checkpoint, dtype=torch.bfloat16),
+        fuse_lora(lora_model(checkpoint, dtype=torch.bfloat16)),
+    )
     assert error(fused_low, exact) < 1.2 * error(low, exact)
 
 
@@ -108,17 +137,28 @@ def reference_with_masks(model, dropout):
 
     def masked(x, group, layer):
         if group[0] == "gate_proj" and drawn.get("seeds") is None:
-            drawn["seeds"] = {name: int(torch.randint(2**31 - 1, ())) for name in ("gate_proj", "down_proj")}
+            drawn["seeds"] = {
+                name: int(torch.randint(2**31 - 1, ())) for name in ("gate_proj", "down_proj")
+            }
         if group[0] in ("q_proj", "o_proj") and drawn.get("group") is not group:
             drawn.update(group=group, seed=int(torch.randint(2**31 - 1, ())), seeds=None)
         seed = drawn["seeds"][group[0]] if drawn["seeds"] else drawn["seed"]
         return x * keep_mask(x[0], dropout, seed) / (1 - dropout)
 
     for layer in model.get_base_model().model.layers:
-        for group in (["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]):
+        for group in (
+            ["q_proj", "k_proj", "v_proj"],
+            ["o_proj"],
+            ["gate_proj", "up_proj"],
+            ["down_proj"],
+        ):
             for name in group:
-                module = getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
-                module.lora_dropout["default"].forward = lambda x, group=group, layer=layer: masked(x, group, layer)
+                module = getattr(
+                    layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name
+                )
+                module.lora_dropout["default"].forward = lambda x, group=group, layer=layer: masked(
+                    x, group, layer
+                )
     return model
 
 
@@ -145,8 +185,12 @@ def test_a_mask_keeps_the_right_share_everywhere_and_depends_on_the_seed_alone(r
     x = torch.empty(4003, 1001)
     mask = keep_mask(x, rate, 7)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
-    lanes = [mask.flatten()[i::4].mean().item() for i in range(4)]  # four elements come from one draw
-    assert lanes == pytest.approx([1 - rate] * 4, abs=4.5 * (rate * (1 - rate) / (x.numel() / 4)) ** 0.5)
+    lanes = [
+        mask.flatten()[i::4].mean().item() for i in range(4)
+    ]  # four elements come from one draw
+    assert lanes == pytest.approx(
+        [1 - rate] * 4, abs=4.5 * (rate * (1 - rate) / (x.numel() / 4)) ** 0.5
+    )
     torch.rand(3)
     assert torch.equal(mask, keep_mask(x, rate, 7)) and not torch.equal(mask, keep_mask(x, rate, 8))
 
@@ -160,7 +204,9 @@ def test_dropout_is_unbiased(checkpoint):
         attention.eval()
         expected = _linear(group, x[None])
     error = (found.mean(0) - expected[0]) / (found.std(0) / draws**0.5)  # in standard errors
-    assert found.std(0).min() > 1e-3 and error.abs().max() < 5.5 and error.square().mean().sqrt() < 1.5
+    assert (
+        found.std(0).min() > 1e-3 and error.abs().max() < 5.5 and error.square().mean().sqrt() < 1.5
+    )
 
 
 def test_eval_has_no_dropout_and_an_evaluation_leaves_the_gradients_right(checkpoint):
@@ -177,10 +223,14 @@ def test_eval_has_no_dropout_and_an_evaluation_leaves_the_gradients_right(checkp
 
 
 @pytest.mark.parametrize("nf4", [True, False], ids=["nf4", "linear"])
-def test_a_large_batch_without_gradients_adds_the_adapter_to_a_copy_of_the_weights(checkpoint, nf4, monkeypatch):
+def test_a_large_batch_without_gradients_adds_the_adapter_to_a_copy_of_the_weights(
+    checkpoint, nf4, monkeypatch
+):
     expected = logits_one_by_one(lora_model(checkpoint, nf4=nf4).eval()).detach().repeat(16, 1)
     model, added = fuse_lora(lora_model(checkpoint, nf4=nf4)).eval(), []
-    monkeypatch.setattr(_Group, "tuned", lambda group, tuned=_Group.tuned: added.append(group.sizes) or tuned(group))
+    monkeypatch.setattr(
+        _Group, "tuned", lambda group, tuned=_Group.tuned: added.append(group.sizes) or tuned(group)
+    )
     with torch.no_grad():
         first, second = logits(model, ROWS * 16), logits(model, ROWS * 16)
     # each time: four groups of the first layer, two of the last, whose MLP has but a token of each row
@@ -260,8 +310,15 @@ def test_merged_layers_run_pefts_own_path(checkpoint):
 
 def test_what_is_not_a_packed_batch_runs_pefts_own_path(checkpoint):
     model = lora_model(checkpoint).eval()
-    row, x = torch.tensor([ROWS[0]]), torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0))
-    layers = {name: layer for name, layer in model.named_modules() if name.endswith("_proj") and x.shape[-1] == layer.in_features}
+    row, x = (
+        torch.tensor([ROWS[0]]),
+        torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(0)),
+    )
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if name.endswith("_proj") and x.shape[-1] == layer.in_features
+    }
     assert len(layers) == 12
     expected, alone = model(row).logits, {name: layer(x) for name, layer in layers.items()}
     fuse_lora(model)
@@ -272,7 +329,10 @@ def test_what_is_not_a_packed_batch_runs_pefts_own_path(checkpoint):
 
 def test_it_saves_the_inputs_and_rank_8_products_alone(checkpoint):
     saved = {}
-    for kind, model in (("plain", lora_model(checkpoint, 0.1)), ("fused", fuse_lora(lora_model(checkpoint, 0.1)))):
+    for kind, model in (
+        ("plain", lora_model(checkpoint, 0.1)),
+        ("fused", fuse_lora(lora_model(checkpoint, 0.1))),
+    ):
         mlp = model.get_base_model().model.layers[0].mlp
         parameters = {p.data_ptr() for p in model.parameters()}
         sizes = {}
@@ -281,6 +341,7 @@ def test_it_saves_the_inputs_and_rank_8_products_alone(checkpoint):
             if t.data_ptr() not in parameters:
                 sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
             return t
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             out = mlp(torch.ones(1, 1024, 64, requires_grad=True))
         saved[kind] = sum(sizes.values()) / 1024 / 4
@@ -298,8 +359,16 @@ def test_other_layers_are_left_alone(checkpoint):
     assert logits(copy.deepcopy(model)).shape == expected.shape
 
 
-@pytest.mark.parametrize("choices", [{"alpha_pattern": {"k_proj": 3, "up_proj": 5}}, {"rank_pattern": {"v_proj": 4}}, {"use_dora": True},
-                                     {"lora_bias": True}], ids=lambda choices: next(iter(choices)))
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"alpha_pattern": {"k_proj": 3, "up_proj": 5}},
+        {"rank_pattern": {"v_proj": 4}},
+        {"use_dora": True},
+        {"lora_bias": True},
+    ],
+    ids=lambda choices: next(iter(choices)),
+)
 def test_what_is_not_one_plain_lora_gives_pefts_values(checkpoint, choices):
     model = lora_model(checkpoint, **choices).eval()
     for name, weight in model.named_parameters():

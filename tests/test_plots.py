@@ -8,11 +8,16 @@ import pytest
 from qlora_helpers import LABELS, plots, reliability, scoreboard
 
 HISTORY = {
-    "train": [{"step": 5, "seconds": 30.0, "epoch": 0.5, "loss": 1.5}, {"step": 10, "seconds": 60.0, "epoch": 1.0, "loss": 0.9},
-              {"step": 20, "seconds": 150.0, "epoch": 2.0, "loss": 0.4}],
-    "validation": [{"step": 0, "seconds": 3.0, "epoch": 0, "loss": 2.0, "accuracy": 0.4, "macro_f1": 0.3},
-                   {"step": 10, "seconds": 66.0, "epoch": 1.0, "loss": 0.8, "accuracy": 0.7, "macro_f1": 0.7},
-                   {"step": 20, "seconds": 156.0, "epoch": 2.0, "loss": 0.9, "accuracy": 0.6, "macro_f1": 0.5}],
+    "train": [
+        {"step": 5, "seconds": 30.0, "epoch": 0.5, "loss": 1.5},
+        {"step": 10, "seconds": 60.0, "epoch": 1.0, "loss": 0.9},
+        {"step": 20, "seconds": 150.0, "epoch": 2.0, "loss": 0.4},
+    ],
+    "validation": [
+        {"step": 0, "seconds": 3.0, "epoch": 0, "loss": 2.0, "accuracy": 0.4, "macro_f1": 0.3},
+        {"step": 10, "seconds": 66.0, "epoch": 1.0, "loss": 0.8, "accuracy": 0.7, "macro_f1": 0.7},
+        {"step": 20, "seconds": 156.0, "epoch": 2.0, "loss": 0.9, "accuracy": 0.6, "macro_f1": 0.5},
+    ],
     "best_epoch": 1.0,
     "label_words": [" A", " B", " C", " D"],
 }
@@ -32,18 +37,33 @@ def test_loss_curves():
 
 def test_loss_curves_over_steps_and_minutes_smoothed_logarithmic_and_beside_another_run():
     left, _ = plots.loss_curves(HISTORY, x="steps").axes
-    assert lines(left)["training loss, smoothed by 0.6"] == pytest.approx(np.array([
-        [5, 1.5], [10, (0.4 * 0.9 + 0.24 * 1.5) / 0.64], [20, (0.4 * 0.4 + 0.24 * 0.9 + 0.144 * 1.5) / 0.784]]))
+    assert lines(left)["training loss, smoothed by 0.6"] == pytest.approx(
+        np.array(
+            [
+                [5, 1.5],
+                [10, (0.4 * 0.9 + 0.24 * 1.5) / 0.64],
+                [20, (0.4 * 0.4 + 0.24 * 0.9 + 0.144 * 1.5) / 0.784],
+            ]
+        )
+    )
     assert lines(left)["kept: epoch 1"] == [[10, 0], [10, 1]]
-    left, right = plots.loss_curves(HISTORY, x="minutes", log=True, earlier={"before": HISTORY | {"best_epoch": 2.0}}).axes
+    left, right = plots.loss_curves(
+        HISTORY, x="minutes", log=True, earlier={"before": HISTORY | {"best_epoch": 2.0}}
+    ).axes
     assert left.get_yscale() == "log"
-    assert lines(left)["validation, before"] == lines(left)["validation loss"] == [[0.05, 2.0], [1.1, 0.8], [2.6, 0.9]]
+    assert (
+        lines(left)["validation, before"]
+        == lines(left)["validation loss"]
+        == [[0.05, 2.0], [1.1, 0.8], [2.6, 0.9]]
+    )
     assert lines(right)["validation, before"] == lines(right)["validation accuracy"]
 
 
 def test_loss_curves_of_a_training_that_has_just_begun():
     for validation in ([], HISTORY["validation"][:1]):
-        left, _ = plots.loss_curves(HISTORY | {"train": [], "validation": validation, "best_epoch": None}).axes
+        left, _ = plots.loss_curves(
+            HISTORY | {"train": [], "validation": validation, "best_epoch": None}
+        ).axes
         assert ("validation loss" in lines(left)) == bool(validation)
 
 
@@ -70,6 +90,8 @@ def test_reliability_diagram_and_learning_curve():
     table, _ = reliability(np.array([[0.7, 0.3, 0, 0], [0.95, 0.05, 0, 0]]), [0, 1])
     (ax,) = plots.reliability_diagram({"as trained": table}).axes
     assert ax.collections[0].get_offsets().tolist() == [[0.7, 1.0], [0.95, 0.0]]
-    (ax,) = plots.learning_curve(pd.DataFrame({"tuned": [0.6, 0.8], "TF-IDF": [0.5, 0.7]}, index=[50, 100])).axes
+    (ax,) = plots.learning_curve(
+        pd.DataFrame({"tuned": [0.6, 0.8], "TF-IDF": [0.5, 0.7]}, index=[50, 100])
+    ).axes
     assert lines(ax) == {"tuned": [[50, 0.6], [100, 0.8]], "TF-IDF": [[50, 0.5], [100, 0.7]]}
     assert [label.get_text() for label in ax.get_xticklabels()] == ["50", "100"]

@@ -3,11 +3,22 @@ import pytest
 from qlora_helpers import prompts
 from qlora_helpers.config import LABELS
 from qlora_helpers.errors import ModelError
-from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids, label_words
+from qlora_helpers.prompts import (
+    build_prompt,
+    encode_prompts,
+    few_shot_prefix,
+    label_token_ids,
+    label_words,
+)
 
 
 def test_the_labels_are_ag_news_classes_in_its_order():
-    assert dict(enumerate(LABELS, start=1)) == {1: "World", 2: "Sports", 3: "Business", 4: "Sci/Tech"}
+    assert dict(enumerate(LABELS, start=1)) == {
+        1: "World",
+        2: "Sports",
+        3: "Business",
+        4: "Sci/Tech",
+    }
 
 
 def test_the_prompt():
@@ -17,31 +28,45 @@ def test_the_prompt():
 def test_the_tokens_of_a_prompt(tokenizer):
     assert encode_prompts(tokenizer, ["Rain stops play", "Rain"], 256) == [
         [36951, 12326, 1238, 198, 29718, 42],  # Rain| stops| play|\n|Topic|:
-        [36951, 198, 29718, 42]]
+        [36951, 198, 29718, 42],
+    ]
     assert encode_prompts(tokenizer, [], 256) == []
 
 
 def test_the_label_tokens(tokenizer):
     assert label_token_ids(tokenizer, LABELS) == [2260, 15278, 8460, 2528]
-    assert tokenizer.convert_ids_to_tokens([2260, 15278, 8460, 2528]) == ["ĠWorld", "ĠSports", "ĠBusiness", "ĠSci"]
+    assert tokenizer.convert_ids_to_tokens([2260, 15278, 8460, 2528]) == [
+        "ĠWorld",
+        "ĠSports",
+        "ĠBusiness",
+        "ĠSci",
+    ]
 
 
 def test_labels_that_begin_with_one_token_become_letters(tokenizer):
     assert label_words(tokenizer, LABELS) == [" World", " Sports", " Business", " Sci/Tech"]
     assert label_words(tokenizer, ["World", "Sports", "World news"]) == [" A", " B", " C"]
     ids = label_token_ids(tokenizer, [f"talk.{i}" for i in range(26)])
-    assert tokenizer.convert_ids_to_tokens(ids) == [f"Ġ{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        f"Ġ{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    ]
 
 
 def test_solved_examples_end_in_their_label_word_and_a_long_one_is_cut():
     assert few_shot_prefix(["Rain stops play", "one " * 100], [" Sports", " B"]) == (
-        "Rain stops play\nTopic: Sports\n\n" + " ".join(["one"] * 60) + "\nTopic: B\n\n")
+        "Rain stops play\nTopic: Sports\n\n" + " ".join(["one"] * 60) + "\nTopic: B\n\n"
+    )
 
 
 def test_a_template_that_ends_in_a_space_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(prompts, "TEMPLATE", "{text}\nTopic: ")
-    with pytest.raises(ModelError, match="joins the end of the prompt and the label word 'World' into one token: change TEMPLATE"):
-        prompts._first_tokens(tokenizer, ["World", "Sports"])  # the space moved from the words to the template
+    with pytest.raises(
+        ModelError,
+        match="joins the end of the prompt and the label word 'World' into one token: change TEMPLATE",
+    ):
+        prompts._first_tokens(
+            tokenizer, ["World", "Sports"]
+        )  # the space moved from the words to the template
 
 
 CUE = [198, 29718, 42]  # \n|Topic|:

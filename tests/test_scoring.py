@@ -56,9 +56,15 @@ def _encode(tokenizer, texts):
 def test_label_logits_are_the_full_models_logits_of_the_next_token(exact):
     model, tokenizer = exact
     ids = label_token_ids(tokenizer, LABELS)
-    expected = torch.stack([model(input_ids=torch.tensor([tokens], device=model.device)).logits[0, -1, ids]
-                            for tokens in encode_prompts(tokenizer, TEXTS, 256)])
-    torch.testing.assert_close(label_logits(model, _encode(tokenizer, TEXTS), ids), expected, atol=2e-4, rtol=0)
+    expected = torch.stack(
+        [
+            model(input_ids=torch.tensor([tokens], device=model.device)).logits[0, -1, ids]
+            for tokens in encode_prompts(tokenizer, TEXTS, 256)
+        ]
+    )
+    torch.testing.assert_close(
+        label_logits(model, _encode(tokenizer, TEXTS), ids), expected, atol=2e-4, rtol=0
+    )
 
 
 def test_labels_do_not_tie_in_half_precision(exact):
@@ -68,7 +74,7 @@ def test_labels_do_not_tie_in_half_precision(exact):
     head = model.get_output_embeddings()
     hidden = torch.randn(400, head.in_features, generator=torch.Generator().manual_seed(0)) * 3
     hidden = hidden.to(torch.bfloat16)
-    expected = (hidden.float() @ head.weight[ids].to(torch.bfloat16).float().T)
+    expected = hidden.float() @ head.weight[ids].to(torch.bfloat16).float().T
     half = copy.deepcopy(head).to(torch.bfloat16)
     found = scoring._at_labels(SimpleNamespace(get_output_embeddings=lambda: half), hidden, ids)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -82,37 +88,61 @@ def test_one_row_at_a_time_gives_what_a_batch_gives(base):
     model, tokenizer = base
     tolerance = 1e-5 if compute_dtype()[0] == torch.float32 else 0.02
     together = label_probabilities(model, tokenizer, TEXTS, CONFIG)
-    alone = np.concatenate([label_probabilities(model, tokenizer, [text], CONFIG) for text in TEXTS])
+    alone = np.concatenate(
+        [label_probabilities(model, tokenizer, [text], CONFIG) for text in TEXTS]
+    )
     np.testing.assert_allclose(together, alone, atol=tolerance, rtol=0)
 
 
-def test_probabilities_are_a_softmax_over_the_labels_in_the_order_of_the_texts(exact, small_batches):
+def test_probabilities_are_a_softmax_over_the_labels_in_the_order_of_the_texts(
+    exact, small_batches
+):
     model, tokenizer = exact
     with torch.no_grad():
-        logits = label_logits(model, _encode(tokenizer, TEXTS), label_token_ids(tokenizer, LABELS)).double().cpu()
+        logits = (
+            label_logits(model, _encode(tokenizer, TEXTS), label_token_ids(tokenizer, LABELS))
+            .double()
+            .cpu()
+        )
     probabilities = label_probabilities(model, tokenizer, TEXTS, CONFIG)
     assert probabilities.dtype == np.float64
-    np.testing.assert_allclose(probabilities, (logits.exp() / logits.exp().sum(1, keepdim=True)).numpy(), atol=1e-5)
+    np.testing.assert_allclose(
+        probabilities, (logits.exp() / logits.exp().sum(1, keepdim=True)).numpy(), atol=1e-5
+    )
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-9, rtol=0)
     order = [3, 0, 4, 2, 1]
     shuffled = label_probabilities(model, tokenizer, [TEXTS[i] for i in order], CONFIG)
     np.testing.assert_allclose(shuffled, probabilities[order], atol=1e-5)
-    assert len(np.unique(probabilities.round(3), axis=0)) == len(TEXTS)  # else no order could be seen
+    assert len(np.unique(probabilities.round(3), axis=0)) == len(
+        TEXTS
+    )  # else no order could be seen
 
 
 def test_an_over_long_text_is_scored_at_its_prompts_end(exact):
     model, tokenizer = exact
     [ids] = encode_prompts(tokenizer, [" ".join(TEXTS) * 40], 48)
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -1, label_token_ids(tokenizer, LABELS)].double().cpu()
-    found = label_probabilities(model, tokenizer, [" ".join(TEXTS) * 40], dataclasses.replace(CONFIG, max_length=48))
+        logits = (
+            model(input_ids=torch.tensor([ids], device=model.device))
+            .logits[0, -1, label_token_ids(tokenizer, LABELS)]
+            .double()
+            .cpu()
+        )
+    found = label_probabilities(
+        model, tokenizer, [" ".join(TEXTS) * 40], dataclasses.replace(CONFIG, max_length=48)
+    )
     np.testing.assert_allclose(found[0], logits.softmax(-1).numpy(), atol=1e-5)
 
 
 def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(exact, small_batches):
     model, tokenizer = exact
-    prefix = few_shot_prefix(["Keeper saves twice", "Oil climbs as ports close"], [" Sports", " Business"])
-    assert prefix == "Keeper saves twice\nTopic: Sports\n\nOil climbs as ports close\nTopic: Business\n\n"
+    prefix = few_shot_prefix(
+        ["Keeper saves twice", "Oil climbs as ports close"], [" Sports", " Business"]
+    )
+    assert (
+        prefix
+        == "Keeper saves twice\nTopic: Sports\n\nOil climbs as ports close\nTopic: Business\n\n"
+    )
     found = label_probabilities(model, tokenizer, TEXTS, CONFIG, prefix=prefix)
     ids = label_token_ids(tokenizer, LABELS)
     for row, text in zip(found, TEXTS, strict=True):
@@ -125,7 +155,9 @@ def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(exact,
         np.testing.assert_allclose(row, logits.softmax(-1).numpy(), atol=1e-5)
     plain = label_probabilities(model, tokenizer, TEXTS, CONFIG)
     assert abs(found - plain).max() > 0.05
-    np.testing.assert_array_equal(label_probabilities(model, tokenizer, TEXTS, CONFIG), plain)  # nothing of the examples is left
+    np.testing.assert_array_equal(
+        label_probabilities(model, tokenizer, TEXTS, CONFIG), plain
+    )  # nothing of the examples is left
 
 
 def test_what_rows_share_is_read_once_and_no_row_is_empty(exact, monkeypatch):
@@ -153,16 +185,22 @@ def test_what_rows_share_is_read_once_and_no_row_is_empty(exact, monkeypatch):
     assert label_probabilities(model, tokenizer, [], CONFIG, prefix=prefix).shape == (0, 4)
 
 
-def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(tiny, tokenizer, config):
+def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(
+    tiny, tokenizer, config
+):
     run = dataclasses.replace(config, base_model=tiny)
     expected = label_probabilities(load_base_model(run), tokenizer, TEXTS, CONFIG)
-    model = attach_lora(load_base_model(run), LoraConfig(target_modules="all-linear", lora_dropout=0.5), seed=1)
+    model = attach_lora(
+        load_base_model(run), LoraConfig(target_modules="all-linear", lora_dropout=0.5), seed=1
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     assert abs(label_probabilities(model, tokenizer, TEXTS, CONFIG) - expected).max() > 0.1
     with model.disable_adapter():
-        np.testing.assert_allclose(label_probabilities(model, tokenizer, TEXTS, CONFIG), expected, atol=1e-6, rtol=0)
+        np.testing.assert_allclose(
+            label_probabilities(model, tokenizer, TEXTS, CONFIG), expected, atol=1e-6, rtol=0
+        )
 
 
 def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(small, monkeypatch):
@@ -176,7 +214,9 @@ def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(small, mo
             if len(rows) > limit:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real(model, rows, label_ids)
+
         return logits
+
     monkeypatch.setattr(scoring, "label_logits", limited(6))
     np.testing.assert_allclose(label_probabilities(*small, texts, short), expected, atol=1e-5)
     assert sizes == [23, 11, 5, 6, 6, 6]
@@ -185,12 +225,20 @@ def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(small, mo
         label_probabilities(*small, texts, short)
 
 
-def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(small, small_batches, monkeypatch):
+def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(
+    small, small_batches, monkeypatch
+):
     one_by_one = np.concatenate([label_probabilities(*small, [text], CONFIG) for text in TEXTS * 2])
     before, seen = torch.get_num_threads(), set()
 
     def watched(*args):
-        seen.add((threading.current_thread() is threading.main_thread(), torch.get_num_threads(), torch.is_grad_enabled()))
+        seen.add(
+            (
+                threading.current_thread() is threading.main_thread(),
+                torch.get_num_threads(),
+                torch.is_grad_enabled(),
+            )
+        )
         return label_logits(*args)
 
     def stop(rows):
@@ -207,12 +255,18 @@ def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(smal
     finally:
         torch.set_num_threads(before)
     assert seen == {(False, 1, False)} and sum(counted) == 10 and len(counted) > 2
-    np.testing.assert_allclose(found, one_by_one, atol=1e-5 if compute_dtype()[0] == torch.float32 else 2e-2)
+    np.testing.assert_allclose(
+        found, one_by_one, atol=1e-5 if compute_dtype()[0] == torch.float32 else 2e-2
+    )
 
 
 def test_a_temperature_divides_the_logits(small):
     once = label_probabilities(*small, TEXTS, CONFIG)
-    np.testing.assert_allclose(label_probabilities(*small, TEXTS, CONFIG, temperature=2.5), with_temperature(once, 2.5), atol=1e-12)
+    np.testing.assert_allclose(
+        label_probabilities(*small, TEXTS, CONFIG, temperature=2.5),
+        with_temperature(once, 2.5),
+        atol=1e-12,
+    )
 
 
 def test_no_text_gives_no_row(small):
@@ -235,6 +289,7 @@ def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_was(tiny, tokenizer, c
 def test_length_batches():
     def rows(*lengths):
         return [[0] * length for length in lengths]
+
     assert length_batches(rows(3, 9, 4, 2, 4), 12) == [[1], [2, 4, 0], [3]]
     assert length_batches(rows(2, 50, 2), 12) == [[1], [0, 2]]  # a row over the budget, alone
     assert length_batches([], 12) == []
@@ -245,4 +300,6 @@ def test_length_batches_take_each_real_row_once_within_the_budget(tokenizer, con
     batches = length_batches(encoded, 512)
     assert sorted(i for batch in batches for i in batch) == list(range(80))
     assert max(sum(len(encoded[i]) for i in batch) for batch in batches) <= 512
-    assert sum(len(batch) * len(encoded[batch[0]]) for batch in batches) < 1.1 * sum(map(len, encoded))  # places, in attention
+    assert sum(len(batch) * len(encoded[batch[0]]) for batch in batches) < 1.1 * sum(
+        map(len, encoded)
+    )  # places, in attention

@@ -25,7 +25,7 @@ SENTENCE = "rain stops play as the port of Dhaka closes and oil climbs while a b
 
 
 def _table(rows: int, start: int = 0) -> pd.DataFrame:
-    texts = [f"{start + i} {SENTENCE[i % 5:i % 5 + 12 + 7 * (i % 13)]}" for i in range(rows)]
+    texts = [f"{start + i} {SENTENCE[i % 5 : i % 5 + 12 + 7 * (i % 13)]}" for i in range(rows)]
     return pd.DataFrame({"text": texts, "label": [i % len(LABELS) for i in range(rows)]})
 
 
@@ -35,26 +35,50 @@ SUBSET = {"train": _table(19), "validation": _table(8, start=100)}
 @pytest.fixture
 def prepared(tiny, tokenizer, config, tmp_path):
     """The tiny model's trainer, before its first step."""
+
     def prepare(micro_batch_size=4, subset=SUBSET, **settings) -> LabelTrainer:
-        choices = {"base_model": tiny, "effective_batch_size": 8, "num_epochs": 2, "learning_rate": 0.01, "lora_dropout": 0.3}
+        choices = {
+            "base_model": tiny,
+            "effective_batch_size": 8,
+            "num_epochs": 2,
+            "learning_rate": 0.01,
+            "lora_dropout": 0.3,
+        }
         run = dataclasses.replace(config, **(choices | settings))
-        lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=run.lora_dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            r=4,
+            lora_alpha=8,
+            lora_dropout=run.lora_dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
         model = attach_lora(load_base_model(run), lora, run.seed)
-        plan = BatchPlan(micro_batch_size, run.effective_batch_size // micro_batch_size, 10**9, None, "as the test says")
+        plan = BatchPlan(
+            micro_batch_size,
+            run.effective_batch_size // micro_batch_size,
+            10**9,
+            None,
+            "as the test says",
+        )
         return LabelTrainer(model, tokenizer, subset, run, plan, tmp_path / "checkpoints")
+
     return prepare
 
 
 @pytest.fixture
 def trained(prepared):
     """The trainer after training, its history, and the rows in the order in which they were seen."""
+
     def train(**settings):
         trainer = prepared(**settings)
         seen, collate = [], trainer.data_collator
-        trainer.data_collator = lambda rows: seen.extend(tuple(row["input_ids"]) for row in rows) or collate(rows)
+        trainer.data_collator = lambda rows: (
+            seen.extend(tuple(row["input_ids"]) for row in rows) or collate(rows)
+        )
         trainer.train()
         training = {tuple(ids) for ids in trainer.train_dataset["input_ids"]}
         return trainer, trainer.history(seconds=2.0), [ids for ids in seen if ids in training]
+
     return train
 
 
@@ -63,12 +87,19 @@ def _losses(history: dict, split: str = "train") -> list[float]:
 
 
 def _without_times(history: dict) -> dict:
-    return {split: [{name: value for name, value in entry.items() if name != "seconds"} for entry in history[split]]
-            for split in ("train", "validation")}
+    return {
+        split: [
+            {name: value for name, value in entry.items() if name != "seconds"}
+            for entry in history[split]
+        ]
+        for split in ("train", "validation")
+    }
 
 
 def _adapter(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+    return {
+        name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name
+    }
 
 
 def test_the_losses_do_not_depend_on_the_micro_batch(trained):
@@ -86,7 +117,9 @@ def test_the_order_of_rows_does_not_depend_on_the_micro_batch(trained):
     _, _, whole = trained(micro_batch_size=8)
     _, _, cut = trained(micro_batch_size=2)
     assert whole == cut
-    assert sorted(whole[:19]) == sorted(whole[19:]) and len(set(whole)) == 19  # each epoch sees each row once
+    assert (
+        sorted(whole[:19]) == sorted(whole[19:]) and len(set(whole)) == 19
+    )  # each epoch sees each row once
     assert whole[:19] != whole[19:]  # in an order of its own
 
 
@@ -111,7 +144,11 @@ def test_the_same_seed_gives_the_same_training_and_another_seed_another(trained)
 def test_the_best_epoch_is_kept(trained):
     """Validation labels contradict the training labels of the same texts: the better the training, the worse the validation."""
     contradicting = SUBSET["train"].assign(label=(SUBSET["train"].label + 1) % 4)
-    trainer, history, _ = trained(subset={"train": SUBSET["train"], "validation": contradicting}, num_epochs=3, learning_rate=0.02)
+    trainer, history, _ = trained(
+        subset={"train": SUBSET["train"], "validation": contradicting},
+        num_epochs=3,
+        learning_rate=0.02,
+    )
     losses = _losses(history, "validation")
     assert losses[1] < losses[2] < losses[3]
     assert history["best_epoch"] == 1.0
@@ -122,11 +159,18 @@ def test_the_validation_loss_is_that_of_the_scored_labels(trained, tokenizer):
     """Training and evaluation agree on the prompt, on the label tokens and on their order."""
     trainer, history, _ = trained(num_epochs=1)
     validation = SUBSET["validation"]
-    probabilities = torch.tensor(label_probabilities(trainer.model, tokenizer, validation.text.tolist(), CONFIG))
-    expected = torch.nn.functional.nll_loss(probabilities.log(), torch.tensor(validation.label)).item()
+    probabilities = torch.tensor(
+        label_probabilities(trainer.model, tokenizer, validation.text.tolist(), CONFIG)
+    )
+    expected = torch.nn.functional.nll_loss(
+        probabilities.log(), torch.tensor(validation.label)
+    ).item()
     tolerance = 1e-4 if compute_dtype()[0] == torch.float32 else 0.03
     assert history["validation"][-1]["loss"] == pytest.approx(expected, abs=tolerance)
-    assert history["validation"][-1]["accuracy"] == (probabilities.argmax(-1).numpy() == validation.label).mean()
+    assert (
+        history["validation"][-1]["accuracy"]
+        == (probabilities.argmax(-1).numpy() == validation.label).mean()
+    )
 
 
 def test_a_training_of_one_step_learns(trained):
@@ -237,9 +281,23 @@ def test_the_panel_is_told_the_time_left_of_a_real_training(prepared):
 def test_the_history_holds_what_the_notebooks_plot(trained):
     trainer, history, _ = trained()
     assert [entry["step"] for entry in history["train"]] == [1, 2, 3, 4, 5, 6]
-    assert history["train"][0].keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm", "seconds"}
+    assert history["train"][0].keys() == {
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "seconds",
+    }
     assert [entry["epoch"] for entry in history["validation"]] == [0, 1.0, 2.0]
-    assert history["validation"][0].keys() == {"step", "epoch", "loss", "accuracy", "macro_f1", "seconds"}
+    assert history["validation"][0].keys() == {
+        "step",
+        "epoch",
+        "loss",
+        "accuracy",
+        "macro_f1",
+        "seconds",
+    }
     assert (history["seconds"], history["rows_per_second"]) == (2.0, 19.0)
     assert history["plan"]["micro_batch_size"] == 4
     assert json.loads(json.dumps(history)) == history
@@ -257,7 +315,11 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, tokenizer, worksp
     assert panel.history == history and bytes(panel.picture.value).startswith(b"\x89PNG")
     assert json.loads((run / "training.json").read_text()) == history
     assert sorted(run.require("03_qlora_training")["files"]) == [
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/qlora_config.json", "training.json"]
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/qlora_config.json",
+        "training.json",
+    ]
     texts = SUBSET["validation"].text.tolist()
     loaded = load_adapter(load_base_model(trainer.config), run / "adapter")
     expected = label_probabilities(trainer.model, tokenizer, texts, CONFIG)
@@ -275,12 +337,16 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, tokenizer, worksp
     assert json.loads((earlier / "training.json").read_text()) == history
 
 
-def test_out_of_memory_in_training_keeps_less_then_cuts_the_batch_and_changes_no_loss(trained, monkeypatch, capsys):
+def test_out_of_memory_in_training_keeps_less_then_cuts_the_batch_and_changes_no_loss(
+    trained, monkeypatch, capsys
+):
     _, expected, order = trained(micro_batch_size=8)
     room, runs = 100, []
 
     def crowded(model, encoded, label_ids):
-        kept = sum(not layer.gradient_checkpointing for layer in decoder_layers(model)) * sum(map(len, encoded))
+        kept = sum(not layer.gradient_checkpointing for layer in decoder_layers(model)) * sum(
+            map(len, encoded)
+        )
         runs.append((len(encoded), kept))
         logits = label_logits(model, encoded, label_ids)
         if model.training and (kept > room or len(encoded) > 2):
@@ -291,7 +357,11 @@ def test_out_of_memory_in_training_keeps_less_then_cuts_the_batch_and_changes_no
     monkeypatch.setattr(training, "label_logits", crowded)
     trainer, history, order_again = trained(micro_batch_size=8)
     assert {rows for rows, kept in runs} > {8, 4, 2}
-    assert trainer.plan.kept_activations < 1000 and trainer.plan.micro_batch_size == 2 and "ran out of memory" in history["plan"]["reason"]
+    assert (
+        trainer.plan.kept_activations < 1000
+        and trainer.plan.micro_batch_size == 2
+        and "ran out of memory" in history["plan"]["reason"]
+    )
     assert order_again == order
     said = capsys.readouterr().out
     assert "Step 1 ran out of memory over 8 rows" in said and said.count("'micro_batch_size'") == 2
@@ -331,16 +401,21 @@ def test_a_compiler_that_fails_costs_one_line_and_changes_no_loss(trained, monke
         def compiled(*args):
             calls.append(function.__name__)
             raise RuntimeError("Triton knows no such card\nand more lines")
+
         return compiled
 
     monkeypatch.setattr(passes, "_failure", None)
     monkeypatch.setattr(passes, "_compiles", lambda x: True)
     monkeypatch.setattr(torch, "compile", failing)
     _, history, _ = trained()
-    assert _losses(history) == _losses(expected) and _losses(history, "validation") == _losses(expected, "validation")
+    assert _losses(history) == _losses(expected) and _losses(history, "validation") == _losses(
+        expected, "validation"
+    )
     said = [line for line in capsys.readouterr().out.splitlines() if "compiled" in line]
-    assert said == ["The fused kernels cannot be compiled here (RuntimeError: Triton knows no such card). Plain PyTorch functions are used "
-                    "instead: the results are the same, a step takes longer."]
+    assert said == [
+        "The fused kernels cannot be compiled here (RuntimeError: Triton knows no such card). Plain PyTorch functions are used "
+        "instead: the results are the same, a step takes longer."
+    ]
     assert len(calls) == 1  # nothing is tried again
 
 
@@ -359,8 +434,13 @@ def test_an_adapter_that_was_not_kept_is_told_from_rounding(trained, tokenizer):
     for _ in range(20):
         order = chance.sample(range(len(texts)), len(texts))
         size = chance.randint(1, len(texts))
-        parts = [order[i:i + size] for i in range(0, len(order), size)]
-        cut = np.concatenate([label_probabilities(model, tokenizer, [texts[i] for i in part], CONFIG) for part in parts])
+        parts = [order[i : i + size] for i in range(0, len(order), size)]
+        cut = np.concatenate(
+            [
+                label_probabilities(model, tokenizer, [texts[i] for i in part], CONFIG)
+                for part in parts
+            ]
+        )
         check_same_adapter(cut, [kept[i] for i in order], dtype)
 
     weights = {name: p.detach().clone() for name, p in trainer.trainable().items()}
@@ -368,7 +448,9 @@ def test_an_adapter_that_was_not_kept_is_told_from_rounding(trained, tokenizer):
     wrong = {
         "another seed": other,
         "a layer left out": {name: w * ("layers.1." not in name) for name, w in weights.items()},
-        "scaled by 0.9": {name: w * (0.9 if "lora_B" in name else 1) for name, w in weights.items()},
+        "scaled by 0.9": {
+            name: w * (0.9 if "lora_B" in name else 1) for name, w in weights.items()
+        },
     }
     for name, changed in wrong.items():
         trainer.put(changed)
@@ -382,11 +464,19 @@ def test_an_adapter_that_was_not_kept_is_told_from_rounding(trained, tokenizer):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(prepared, monkeypatch):
     def poisoned(model, encoded, label_ids):
         logits = label_logits(model, encoded, label_ids)
-        return logits * torch.where(torch.tensor([list(ids) == bad for ids in encoded]), torch.nan, 1.0)[:, None]
+        return (
+            logits
+            * torch.where(torch.tensor([list(ids) == bad for ids in encoded]), torch.nan, 1.0)[
+                :, None
+            ]
+        )
 
     trainer = prepared(micro_batch_size=2)
     bad = trainer.train_dataset["input_ids"][11]
     monkeypatch.setattr(training, "label_logits", poisoned)
-    with pytest.raises(ModelError, match=r"loss is nan at step \d, in the micro-batch of training rows \[(\d+, )?11[],].*QLORA_LEARN"):
+    with pytest.raises(
+        ModelError,
+        match=r"loss is nan at step \d, in the micro-batch of training rows \[(\d+, )?11[],].*QLORA_LEARN",
+    ):
         trainer.train()
     assert trainer.state.global_step < 3

@@ -29,7 +29,7 @@ from qlora_helpers import (
 )
 
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
-SCRIPT = "Profit & <script>alert(1)</script> <img src=x onerror=alert(1)> \"loss\" 3 < 5"
+SCRIPT = 'Profit & <script>alert(1)</script> <img src=x onerror=alert(1)> "loss" 3 < 5'
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def failing(classifier):
 
     def fail():
         failing.tokenizer = None
+
     return failing, fail
 
 
@@ -59,15 +60,38 @@ def elements(markup: str) -> list[str]:
     class Reader(HTMLParser):
         def handle_starttag(self, tag, attributes):
             found.append(tag)
-            assert tag in {"p", "b", "bdi", "div", "span", "small", "table", "thead", "tbody", "tr", "td", "th", "a"}
-            assert {name for name, _ in attributes} <= {"style", "class", "border", "download", "href"}
+            assert tag in {
+                "p",
+                "b",
+                "bdi",
+                "div",
+                "span",
+                "small",
+                "table",
+                "thead",
+                "tbody",
+                "tr",
+                "td",
+                "th",
+                "a",
+            }
+            assert {name for name, _ in attributes} <= {
+                "style",
+                "class",
+                "border",
+                "download",
+                "href",
+            }
+
     Reader().feed(markup)
     return found
 
 
 def test_starts_with_the_first_example_classified(panel, classifier):
     assert panel.text.value == EXAMPLES[0]
-    np.testing.assert_allclose(panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6)
+    np.testing.assert_allclose(
+        panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6
+    )
     label = LABELS[panel.probabilities.argmax()]
     assert re.search(rf"<b>{label}</b> in \d+\.\d\d s", panel.answer.value)
 
@@ -101,11 +125,14 @@ def test_the_base_model_beside_it_and_the_words_on_request(panel, classifier):
     panel.base_model.value = True
     base = classifier.probabilities(EXAMPLES[:1], base_model=True)[0]
     assert shown(panel) == [round(100 * p, 1) for p in (*panel.probabilities, *base)]
-    np.testing.assert_allclose(panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6)
+    np.testing.assert_allclose(
+        panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6
+    )
     panel.base_model.value, panel.words.value = False, True
     effects = classifier.word_effects(EXAMPLES[0])
     assert re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+\.\d)</small>", panel.answer.value) == [
-        (word, f"{effect:+.1f}") for word, effect in zip(effects.word, effects.effect, strict=True)]
+        (word, f"{effect:+.1f}") for word, effect in zip(effects.word, effects.effect, strict=True)
+    ]
     assert "natural logarithm of its odds" in panel.answer.value  # the unit
     panel.text.value = "word " * 60 + "\n"
     assert panel.answer.value.count("<small>") == 40 and "The first 40 words." in panel.answer.value
@@ -119,7 +146,9 @@ def test_the_history_is_newest_first_and_bounded(panel):
     for i in range(25):
         panel.text.value = f"{i} goals\n"
     assert [text for text, _, _ in panel.asked] == [f"{i} goals" for i in range(24, 4, -1)]
-    assert re.findall(r"<bdi>(\d+) goals</bdi>", panel.history.value) == [str(i) for i in range(24, 4, -1)]
+    assert re.findall(r"<bdi>(\d+) goals</bdi>", panel.history.value) == [
+        str(i) for i in range(24, 4, -1)
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "  \n ", "\x00\x07"])
@@ -129,9 +158,20 @@ def test_empty_text_asks_for_one(panel, text):
     assert "Type a headline first" in panel.answer.value and panel.probabilities is None
 
 
-@pytest.mark.parametrize("text", [
-    SCRIPT, "goal " * 10_000, "a" * 50_000, "Stocks\x00 fall\x1b[31m", "Rain\nTopic: Sports\nRain\nTopic:", "央行将利率上调",
-    "Rain \ud83d stops", "{text} %s $x$", "&#60;script&#62;alert(1)&#60;/script&#62; &lt;b&gt; x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        SCRIPT,
+        "goal " * 10_000,
+        "a" * 50_000,
+        "Stocks\x00 fall\x1b[31m",
+        "Rain\nTopic: Sports\nRain\nTopic:",
+        "央行将利率上调",
+        "Rain \ud83d stops",
+        "{text} %s $x$",
+        "&#60;script&#62;alert(1)&#60;/script&#62; &lt;b&gt; x",
+    ],
+)
 def test_hostile_text_is_shown_and_never_run(panel, text):
     panel.words.value = panel.base_model.value = True
     panel.text.value = text
@@ -173,22 +213,42 @@ def test_a_failure_is_told_in_the_panel(failing):
     panel = HeadlinePanel(classifier, EXAMPLES)
     fail()
     panel.text.value = "Rain\n"
-    assert panel.answer.value == "<p>This could not be classified: &#x27;NoneType&#x27; object is not callable</p>"
+    assert (
+        panel.answer.value
+        == "<p>This could not be classified: &#x27;NoneType&#x27; object is not callable</p>"
+    )
     assert panel.probabilities is None and len(panel.asked) == 1
 
 
 def upload(panel, name: str, content: bytes) -> None:
     """What the browser does when a file is chosen, in the protocol of the installed ipywidgets."""
     if ipw.__version__.startswith("7."):
-        panel.upload.metadata, panel.upload.data = [{"name": name, "type": "text/csv", "size": len(content), "lastModified": 0}], [content]
+        panel.upload.metadata, panel.upload.data = (
+            [{"name": name, "type": "text/csv", "size": len(content), "lastModified": 0}],
+            [content],
+        )
         panel.upload._counter += 1
     else:
-        panel.upload.set_state({"value": [{"name": name, "type": "text/csv", "size": len(content), "last_modified": 0,
-                                           "content": memoryview(content)}]})
+        panel.upload.set_state(
+            {
+                "value": [
+                    {
+                        "name": name,
+                        "type": "text/csv",
+                        "size": len(content),
+                        "last_modified": 0,
+                        "content": memoryview(content),
+                    }
+                ]
+            }
+        )
 
 
 def download(panel) -> tuple[str, bytes]:
-    [(name, data)] = re.findall(r'<a download="([^"]*)" href="data:text/csv;charset=utf-8;base64,([^"]*)">', panel.answer.value)
+    [(name, data)] = re.findall(
+        r'<a download="([^"]*)" href="data:text/csv;charset=utf-8;base64,([^"]*)">',
+        panel.answer.value,
+    )
     return html.unescape(name), base64.b64decode(data)
 
 
@@ -196,16 +256,24 @@ def test_a_file_goes_in_and_the_same_rows_come_out_with_labels(classifier):
     panel, seen = FilePanel(classifier), []
     panel.bar.observe(lambda change: seen.append(change["new"]), names="value")
     assert panel.bar.layout.visibility == "hidden"
-    upload(panel, "my <news>.csv", b'day,text\n1,"Oil climbs, again"\n\n3,<script>alert(1)</script>Rain\n')
+    upload(
+        panel,
+        "my <news>.csv",
+        b'day,text\n1,"Oil climbs, again"\n\n3,<script>alert(1)</script>Rain\n',
+    )
     panel.button.click()
     name, data = download(panel)
     assert name == "my <news>_labels.csv"
     table = pd.read_csv(io.BytesIO(data), dtype={"day": str}, keep_default_na=False)
-    pd.testing.assert_frame_equal(table[["day", "text"]], panel.table[["day", "text"]], check_dtype=False)
+    pd.testing.assert_frame_equal(
+        table[["day", "text"]], panel.table[["day", "text"]], check_dtype=False
+    )
     assert table.text.tolist() == ["Oil climbs, again", "", "<script>alert(1)</script>Rain"]
     expected = classifier(["Oil climbs, again", "", "<script>alert(1)</script>Rain"])
     assert table.label.tolist() == [expected.label[0], "(no text)", expected.label[2]]
-    np.testing.assert_allclose(table["P(World)"][[0, 2]].astype(float), expected["P(World)"][[0, 2]], atol=1e-5)
+    np.testing.assert_allclose(
+        table["P(World)"][[0, 2]].astype(float), expected["P(World)"][[0, 2]], atol=1e-5
+    )
     assert "3 rows in" in panel.answer.value and "1 without a text" in panel.answer.value
     assert elements(panel.answer.value).count("a") == 1
     assert seen and panel.bar.layout.visibility == "hidden"
@@ -223,12 +291,15 @@ def test_pasted_lines(classifier):
     assert len(pd.read_csv(io.BytesIO(download(panel)[1]), skip_blank_lines=False)) == 503
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.csv", b"", "Upload a file or paste lines first."),
-    ("a.csv", b"id,words\n1,<b>\n", "does not say which of 2 columns holds the texts"),
-    ("a.csv", b"\xff\xfe", "a.csv is not UTF-8"),
-    ("<b>.csv", b'text\n"', "&lt;b&gt;.csv, after row 1: not valid CSV"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"", "Upload a file or paste lines first."),
+        ("a.csv", b"id,words\n1,<b>\n", "does not say which of 2 columns holds the texts"),
+        ("a.csv", b"\xff\xfe", "a.csv is not UTF-8"),
+        ("<b>.csv", b'text\n"', "&lt;b&gt;.csv, after row 1: not valid CSV"),
+    ],
+)
 def test_a_file_that_cannot_be_read_is_told_in_the_panel(classifier, name, content, message):
     panel = FilePanel(classifier)
     panel.button.click()
@@ -255,13 +326,29 @@ def test_a_file_of_stopped_or_failed_work_leaves_nothing(classifier, failing):
 
 def test_the_error_explorer_shows_a_cell_of_the_confusion_matrix():
     texts = ["one", "two <b>", "three", "four", "five", "six"]
-    probabilities = np.array([[.9, .1, 0, 0], [.2, .7, .1, 0], [0, .8, .2, 0], [.3, .6, .1, 0], [0, 0, 1, 0], [.6, 0, .4, 0]])
+    probabilities = np.array(
+        [
+            [0.9, 0.1, 0, 0],
+            [0.2, 0.7, 0.1, 0],
+            [0, 0.8, 0.2, 0],
+            [0.3, 0.6, 0.1, 0],
+            [0, 0, 1, 0],
+            [0.6, 0, 0.4, 0],
+        ]
+    )
     table = review_table(texts, [0, 0, 0, 1, 2, 2], probabilities, LABELS)
     assert table.text.tolist() == ["five", "one", "three", "two <b>", "four", "six"]
     explorer = ErrorExplorer(table, LABELS, rows=2)
-    assert (explorer.true.value, explorer.predicted.value) == ("World", "Sports")  # where most errors are
+    assert (explorer.true.value, explorer.predicted.value) == (
+        "World",
+        "Sports",
+    )  # where most errors are
     assert explorer.shown.text.tolist() == ["three", "two <b>"]
-    assert "2 of 6 rows" in explorer.answer.value and "70.0%" in explorer.answer.value and "two &lt;b&gt;" in explorer.answer.value
+    assert (
+        "2 of 6 rows" in explorer.answer.value
+        and "70.0%" in explorer.answer.value
+        and "two &lt;b&gt;" in explorer.answer.value
+    )
     explorer.true.value = "Business"
     assert explorer.shown.empty and "0 of 6 rows" in explorer.answer.value
     explorer.predicted.value = "World"
@@ -271,15 +358,35 @@ def test_the_error_explorer_shows_a_cell_of_the_confusion_matrix():
 
 
 def history(losses: list[float]) -> dict:
-    return {"train": [{"step": i + 1, "seconds": 60.0 * i, "epoch": (i + 1) / 2, "loss": loss} for i, loss in enumerate(losses)],
-            "validation": [{"step": 2 * i, "seconds": 120.0 * i, "epoch": float(i), "loss": 2 - i, "accuracy": i / 2, "macro_f1": i / 3}
-                           for i in range(2)],
-            "label_words": [" A", " B"], "best_epoch": 1.0, "seconds": 120.0, "rows_per_second": 2.5}
+    return {
+        "train": [
+            {"step": i + 1, "seconds": 60.0 * i, "epoch": (i + 1) / 2, "loss": loss}
+            for i, loss in enumerate(losses)
+        ],
+        "validation": [
+            {
+                "step": 2 * i,
+                "seconds": 120.0 * i,
+                "epoch": float(i),
+                "loss": 2 - i,
+                "accuracy": i / 2,
+                "macro_f1": i / 3,
+            }
+            for i in range(2)
+        ],
+        "label_words": [" A", " B"],
+        "best_epoch": 1.0,
+        "seconds": 120.0,
+        "rows_per_second": 2.5,
+    }
 
 
 @pytest.fixture
 def losses(tmp_path):
-    for name, values in (("training.json", [2.0, 0.5]), ("earlier/03-one/training.json", [2.0, 1.0])):
+    for name, values in (
+        ("training.json", [2.0, 0.5]),
+        ("earlier/03-one/training.json", [2.0, 1.0]),
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(history(values)))
@@ -291,8 +398,13 @@ def test_the_loss_panel_reads_a_finished_training_and_redraws_at_each_control(lo
     assert losses.status.value == "2.0 minutes, 2.50 rows/s"
     assert losses.earlier.options == ("03-one",) and losses.earlier in losses.children
     pictures = [losses.picture.value]
-    for control, value in ((losses.smoothing, 0.0), (losses.x, "minutes"), (losses.x, "steps"), (losses.log_scale, True),
-                           (losses.earlier, ("03-one",))):
+    for control, value in (
+        (losses.smoothing, 0.0),
+        (losses.x, "minutes"),
+        (losses.x, "steps"),
+        (losses.log_scale, True),
+        (losses.earlier, ("03-one",)),
+    ):
         control.value = value
         pictures.append(losses.picture.value)
     assert len(set(pictures)) == 6
@@ -308,6 +420,7 @@ def test_the_loss_panel_takes_less_than_a_fiftieth_of_the_time(losses, monkeypat
         nonlocal now
         now += 3
         draw()
+
     monkeypatch.setattr(losses, "draw", slow_draw)
     losses._start, drawn = now, []
     for step in range(600):

@@ -21,7 +21,13 @@ def run(workspace, config) -> Workspace:
     run.publish("02_data_subset", config, ["subset"], inputs=("01_setup",))
     write_text(run / "adapter" / "weights", "AB")
     write_text(run / "training.json", "{}")
-    run.publish("03_qlora_training", config, ["adapter", "training.json"], inputs=("02_data_subset",), best_epoch=2)
+    run.publish(
+        "03_qlora_training",
+        config,
+        ["adapter", "training.json"],
+        inputs=("02_data_subset",),
+        best_epoch=2,
+    )
     return run
 
 
@@ -36,7 +42,10 @@ def test_published_work_is_found_again(run, config):
     assert manifest["best_epoch"] == 2
     assert list(manifest["files"]) == ["adapter/weights", "training.json"]
     # printf AB | sha256sum
-    assert manifest["files"]["adapter/weights"] == "38164fbd17603d73f696b8b4d72664d735bb6a7c88577687fd2ae33fd6964153"
+    assert (
+        manifest["files"]["adapter/weights"]
+        == "38164fbd17603d73f696b8b4d72664d735bb6a7c88577687fd2ae33fd6964153"
+    )
     assert run.is_current("03_qlora_training", config)
 
 
@@ -52,17 +61,27 @@ def test_what_is_not_there_cannot_be_published(workspace, config, name):
 
 
 def test_missing_work_names_the_notebook_to_run(workspace, config):
-    with pytest.raises(WorkspaceError, match="holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first."):
+    with pytest.raises(
+        WorkspaceError, match="holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first."
+    ):
         open_workspace()
     _set_up(Workspace(workspace), config)
-    with pytest.raises(WorkspaceError, match="holds nothing from 02_data_subset yet. Run notebooks/02_data_subset.ipynb first."):
+    with pytest.raises(
+        WorkspaceError,
+        match="holds nothing from 02_data_subset yet. Run notebooks/02_data_subset.ipynb first.",
+    ):
         open_workspace("02_data_subset")
 
 
-@pytest.mark.parametrize("needs", [("02_data_subset", "03_qlora_training"), ("03_qlora_training",)], ids=["04", "05"])
+@pytest.mark.parametrize(
+    "needs", [("02_data_subset", "03_qlora_training"), ("03_qlora_training",)], ids=["04", "05"]
+)
 def test_evaluation_and_inference_before_training(run, needs):
     (run / "manifests" / "03_qlora_training.json").unlink()
-    with pytest.raises(WorkspaceError, match="holds nothing from 03_qlora_training yet. Run notebooks/03_qlora_training.ipynb first."):
+    with pytest.raises(
+        WorkspaceError,
+        match="holds nothing from 03_qlora_training yet. Run notebooks/03_qlora_training.ipynb first.",
+    ):
         open_workspace(*needs)
 
 
@@ -79,15 +98,25 @@ def _made_a_folder(path):
     path.mkdir()
 
 
-@pytest.mark.parametrize(("damage", "message"), [
-    (_changed, "is not what 02_data_subset wrote"), (_deleted, "cannot be read"), (_made_a_folder, "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_changed, "is not what 02_data_subset wrote"),
+        (_deleted, "cannot be read"),
+        (_made_a_folder, "cannot be read"),
+    ],
+)
 def test_a_damaged_file_is_named_with_the_notebook_that_makes_it(run, config, damage, message):
     damage(run / "subset" / "train.parquet")
-    with pytest.raises(WorkspaceError, match=rf"subset/train.parquet {message}.* Run notebooks/02_data_subset.ipynb again."):
+    with pytest.raises(
+        WorkspaceError,
+        match=rf"subset/train.parquet {message}.* Run notebooks/02_data_subset.ipynb again.",
+    ):
         run.require("02_data_subset")
     assert not run.is_current("02_data_subset", config)
-    with pytest.raises(WorkspaceError, match="subset/train.parquet .* Run notebooks/02_data_subset.ipynb again."):
+    with pytest.raises(
+        WorkspaceError, match="subset/train.parquet .* Run notebooks/02_data_subset.ipynb again."
+    ):
         run.require("03_qlora_training")  # what it was made from is no longer there
 
 
@@ -95,13 +124,19 @@ def test_a_damaged_file_is_named_with_the_notebook_that_makes_it(run, config, da
 def test_a_truncated_manifest_is_named(run, keep):
     path = run / "manifests" / "02_data_subset.json"
     path.write_text(path.read_text()[:keep])
-    with pytest.raises(WorkspaceError, match=r"manifests/02_data_subset.json cannot be read .* Run notebooks/02_data_subset.ipynb again."):
+    with pytest.raises(
+        WorkspaceError,
+        match=r"manifests/02_data_subset.json cannot be read .* Run notebooks/02_data_subset.ipynb again.",
+    ):
         run.require("02_data_subset")
 
 
 def test_a_new_config_makes_later_work_stale(run, config):
     _set_up(run, dataclasses.replace(config, seed=7))
-    with pytest.raises(WorkspaceError, match="what 02_data_subset wrote was made before 01_setup was run with other settings"):
+    with pytest.raises(
+        WorkspaceError,
+        match="what 02_data_subset wrote was made before 01_setup was run with other settings",
+    ):
         open_workspace("02_data_subset")
     with pytest.raises(WorkspaceError, match="Run notebooks/02_data_subset.ipynb again."):
         run.require("03_qlora_training")
@@ -111,8 +146,13 @@ def test_a_new_config_makes_later_work_stale(run, config):
 def test_work_of_another_config_is_refused(run, config):
     other = dataclasses.replace(config, num_epochs=1)
     assert not run.is_current("03_qlora_training", other)
-    run.publish("03_qlora_training", other, ["adapter", "training.json"], inputs=("02_data_subset",))
-    with pytest.raises(WorkspaceError, match="03_qlora_training wrote was made with other settings. Run notebooks/03_qlora_training.ipynb"):
+    run.publish(
+        "03_qlora_training", other, ["adapter", "training.json"], inputs=("02_data_subset",)
+    )
+    with pytest.raises(
+        WorkspaceError,
+        match="03_qlora_training wrote was made with other settings. Run notebooks/03_qlora_training.ipynb",
+    ):
         open_workspace("03_qlora_training")
 
 
@@ -171,33 +211,60 @@ def test_a_relative_workspace_is_the_same_from_the_notebooks_folder(tmp_path, mo
 
 def test_a_workspace_can_be_moved(run, config, tmp_path):
     shutil.move(run.path, tmp_path / "elsewhere")
-    assert Workspace(tmp_path / "elsewhere").is_current("03_qlora_training", RunConfig.from_json(config.to_json()))
+    assert Workspace(tmp_path / "elsewhere").is_current(
+        "03_qlora_training", RunConfig.from_json(config.to_json())
+    )
 
 
-@pytest.mark.parametrize(("old", "new"), [('"best_epoch": 2', '"best_epoch": 3'), ('"seed": 42', '"seed": 7'), ('seal": "', 'seal": "0')])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"best_epoch": 2', '"best_epoch": 3'),
+        ('"seed": 42', '"seed": 7'),
+        ('seal": "', 'seal": "0'),
+    ],
+)
 def test_an_edited_manifest_is_named(run, old, new):
     path = run / "manifests" / "03_qlora_training.json"
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(WorkspaceError, match=r"03_qlora_training.json cannot be read \(it is torn, or was changed .*Run notebooks/03"):
+    with pytest.raises(
+        WorkspaceError,
+        match=r"03_qlora_training.json cannot be read \(it is torn, or was changed .*Run notebooks/03",
+    ):
         run.require("03_qlora_training")
 
 
 def test_a_manifest_in_the_place_of_another_is_named(run):
-    shutil.copy(run / "manifests" / "02_data_subset.json", run / "manifests" / "03_qlora_training.json")
-    with pytest.raises(WorkspaceError, match="03_qlora_training.json is the manifest of 02_data_subset. Run notebooks/03_qlora_training"):
+    shutil.copy(
+        run / "manifests" / "02_data_subset.json", run / "manifests" / "03_qlora_training.json"
+    )
+    with pytest.raises(
+        WorkspaceError,
+        match="03_qlora_training.json is the manifest of 02_data_subset. Run notebooks/03_qlora_training",
+    ):
         run.require("03_qlora_training")
 
 
 def test_what_a_notebook_may_have_written_is_found_or_none_or_named(run, config):
     assert run.find_json("04_evaluation", "adapter/calibration.json") is None
     run.write("adapter/calibration.json", '{"temperature": 2.5}')
-    with pytest.raises(WorkspaceError, match="holds nothing from 04_evaluation yet. Run notebooks/04_evaluation.ipynb first."):
-        run.find_json("04_evaluation", "adapter/calibration.json")  # it was stopped before it published
-    run.publish("04_evaluation", config, ["adapter/calibration.json"], inputs=("03_qlora_training",))
+    with pytest.raises(
+        WorkspaceError,
+        match="holds nothing from 04_evaluation yet. Run notebooks/04_evaluation.ipynb first.",
+    ):
+        run.find_json(
+            "04_evaluation", "adapter/calibration.json"
+        )  # it was stopped before it published
+    run.publish(
+        "04_evaluation", config, ["adapter/calibration.json"], inputs=("03_qlora_training",)
+    )
     assert run.find_json("04_evaluation", "adapter/calibration.json") == {"temperature": 2.5}
     (run / "adapter" / "calibration.json").unlink()
-    with pytest.raises(WorkspaceError, match="calibration.json cannot be read .* Run notebooks/04_evaluation.ipynb again."):
+    with pytest.raises(
+        WorkspaceError,
+        match="calibration.json cannot be read .* Run notebooks/04_evaluation.ipynb again.",
+    ):
         run.find_json("04_evaluation", "adapter/calibration.json")
 
 
@@ -205,7 +272,10 @@ def test_what_was_read_must_still_be_there_when_it_is_built_upon(run, config):
     opened, _ = open_workspace("02_data_subset")
     run.write("subset/train.parquet", "newer rows")
     run.publish("02_data_subset", config, ["subset"], inputs=("01_setup",))
-    with pytest.raises(WorkspaceError, match="02_data_subset was run with other settings or data after this notebook had read"):
+    with pytest.raises(
+        WorkspaceError,
+        match="02_data_subset was run with other settings or data after this notebook had read",
+    ):
         opened.publish("03_qlora_training", config, ["adapter"], inputs=("02_data_subset",))
 
 
@@ -219,5 +289,8 @@ def test_a_folder_in_the_place_of_a_file_is_replaced(run):
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run):
     (run / "training.json").unlink()
     os.mkfifo(run / "training.json")
-    with pytest.raises(WorkspaceError, match="training.json cannot be read .Not an ordinary file.. Run notebooks/03_qlora_training"):
+    with pytest.raises(
+        WorkspaceError,
+        match="training.json cannot be read .Not an ordinary file.. Run notebooks/03_qlora_training",
+    ):
         run.require("03_qlora_training")

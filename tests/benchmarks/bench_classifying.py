@@ -23,20 +23,31 @@ def seconds(classifier, texts) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("workspace")
     parser.add_argument("csv")
     parser.add_argument("--rows", type=int, default=1000)
     args = parser.parse_args()
     classifier = HeadlineClassifier.from_workspace(args.workspace)
-    rows = pd.read_csv(args.csv, header=None, names=["class", "title", "description"]).head(args.rows)
+    rows = pd.read_csv(args.csv, header=None, names=["class", "title", "description"]).head(
+        args.rows
+    )
     headlines, texts = rows.title.tolist(), (rows.title + " " + rows.description).tolist()
     seconds(classifier, texts[:40])  # warm
     one = [seconds(classifier, [headline]) for headline in headlines[:40]]
-    print(json.dumps({
-        "one_headline_s": round(statistics.median(one), 3), "slowest_headline_s": round(max(one), 3), "rows": len(rows),
-        "headlines_per_s": round(len(rows) / seconds(classifier, headlines), 1),
-        "with_descriptions_per_s": round(len(rows) / seconds(classifier, texts), 2)}))
+    print(
+        json.dumps(
+            {
+                "one_headline_s": round(statistics.median(one), 3),
+                "slowest_headline_s": round(max(one), 3),
+                "rows": len(rows),
+                "headlines_per_s": round(len(rows) / seconds(classifier, headlines), 1),
+                "with_descriptions_per_s": round(len(rows) / seconds(classifier, texts), 2),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

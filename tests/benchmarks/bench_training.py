@@ -37,24 +37,38 @@ SETTINGS = ["plain:16:none", "fused:16:plan", "fused:32:plan", "fused:64:plan", 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint")
     parser.add_argument("tokens")
-    parser.add_argument("--memory-gib", type=float, help="the GPU memory to use; all of it without this")
-    parser.add_argument("--force-t4", action="store_true", help="float16, and none of the attention kernels that a T4 lacks")
+    parser.add_argument(
+        "--memory-gib", type=float, help="the GPU memory to use; all of it without this"
+    )
+    parser.add_argument(
+        "--force-t4",
+        action="store_true",
+        help="float16, and none of the attention kernels that a T4 lacks",
+    )
     parser.add_argument("--settings", nargs="*", default=SETTINGS, metavar="PATH:ROWS:KEPT")
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--losses", action="store_true")
     parser.add_argument("--save-quantised", metavar="FOLDER", help="write the loaded model in NF4")
-    parser.add_argument("--profile", action="store_true", help="also print where the time goes in two steps of each setting")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also print where the time goes in two steps of each setting",
+    )
     args = parser.parse_args()
     tokens = json.loads(Path(args.tokens).read_text())
     for name in ("short", "label"):
-        tokens[name] = (tokens[name] * -(-args.rows // len(tokens[name])))[:args.rows]
+        tokens[name] = (tokens[name] * -(-args.rows // len(tokens[name])))[: args.rows]
     if args.memory_gib:
-        torch.cuda.set_per_process_memory_fraction(args.memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+        torch.cuda.set_per_process_memory_fraction(
+            args.memory_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
     if args.force_t4:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -63,14 +77,26 @@ def main() -> None:
         torch.zeros(1).cuda()  # CUDA's own share of the host memory comes before
     with HostMemory() as host:
         start = time.perf_counter()
-        base = modeling.load_base_model(RunConfig("cpu", args.checkpoint, "sample", 1, 1, 1, learning_rate=2e-4))
+        base = modeling.load_base_model(
+            RunConfig("cpu", args.checkpoint, "sample", 1, 1, 1, learning_rate=2e-4)
+        )
         seconds = time.perf_counter() - start
     if args.save_quantised:
         base.save_pretrained(args.save_quantised)
-    print(json.dumps({"load_s": round(seconds, 1), "load_peak_gib": peak_gib(), "load_host_gib_before": host.before,
-                      "load_host_gib_peak": host.peak, "dtype": str(base.dtype),
-                      "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-                      "torch": torch.__version__}), flush=True)
+    print(
+        json.dumps(
+            {
+                "load_s": round(seconds, 1),
+                "load_peak_gib": peak_gib(),
+                "load_host_gib_before": host.before,
+                "load_host_gib_peak": host.peak,
+                "dtype": str(base.dtype),
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+                "torch": torch.__version__,
+            }
+        ),
+        flush=True,
+    )
     for setting in args.settings:
         print(json.dumps({"setting": setting} | measure(base, tokens, setting, args)), flush=True)
 
@@ -83,7 +109,13 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
     prompts, label_ids = tokens["short"], [ids[0] for ids in tokens["label_ids"]]
     reset_peak()
     start = time.perf_counter()
-    lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=args.dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=args.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     model = modeling.attach_lora(base, lora, seed=0).train()
     logits = scoring.label_logits
     if not fused:
@@ -97,13 +129,21 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
             result["plan"] = vars(plan)
         else:
             named = {"all": len(batching.decoder_layers(model)) * 10**6, "none": 0}
-            plan = batching.BatchPlan(micro, size // micro, named[kept] if kept in named else int(kept), None, "")
+            plan = batching.BatchPlan(
+                micro, size // micro, named[kept] if kept in named else int(kept), None, ""
+            )
         torch.manual_seed(0)
         step = training_step(model, logits, tokens, label_ids, plan)
         order = random.Random(0).sample(range(len(prompts)), len(prompts))
         if fused:
-            order = sum((sorted(order[i:i + 8 * size], key=lambda j: -len(prompts[j])) for i in range(0, len(order), 8 * size)), [])
-        batches = [order[i:i + size] for i in range(0, len(order), size)]
+            order = sum(
+                (
+                    sorted(order[i : i + 8 * size], key=lambda j: -len(prompts[j]))
+                    for i in range(0, len(order), 8 * size)
+                ),
+                [],
+            )
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
         step(sorted(range(len(prompts)), key=lambda j: -len(prompts[j]))[:size])
         synchronize()
         result["first_step_s"] = round(time.perf_counter() - start, 2)
@@ -117,23 +157,32 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
             rates.append(len(prompts) / (time.perf_counter() - start))
             if args.losses and len(rates) == 1:
                 result["losses"] = [round(loss, 5) for loss in torch.stack(losses).tolist()]
-        result |= {"train_rows_per_s": round(statistics.median(rates), 2), "steps": len(batches) * args.repeats,
-                   "mean_loss": round(torch.stack(losses).mean().item(), 4)}
+        result |= {
+            "train_rows_per_s": round(statistics.median(rates), 2),
+            "steps": len(batches) * args.repeats,
+            "mean_loss": round(torch.stack(losses).mean().item(), 4),
+        }
         if args.profile:
             print(profile(step, batches[:2]), flush=True)
         result["train_peak_reserved_gib"] = peak_gib()
         model.zero_grad(set_to_none=True)
         del step
         reset_peak()
-        groups = scoring.length_batches(prompts, scoring.TOKENS_PER_BATCH[model.device.type]) if fused else [
-            order[i:i + 16] for i in range(0, len(order), 16)]
+        groups = (
+            scoring.length_batches(prompts, scoring.TOKENS_PER_BATCH[model.device.type])
+            if fused
+            else [order[i : i + 16] for i in range(0, len(order), 16)]
+        )
         rates = []
         while len(rates) < args.repeats:
             try:
                 rates.append(score(model.eval(), logits, prompts, groups, label_ids))
             except torch.OutOfMemoryError:
                 groups = scoring._halves(groups)
-        result |= {"score_rows_per_s": round(statistics.median(rates), 2), "score_peak_reserved_gib": peak_gib()}
+        result |= {
+            "score_rows_per_s": round(statistics.median(rates), 2),
+            "score_peak_reserved_gib": peak_gib(),
+        }
     except torch.OutOfMemoryError:
         result["out_of_memory"] = True
     batching.checkpoint_layers(model, 0)
@@ -145,11 +194,19 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
 def plain_logits(model, encoded, label_ids: list[int]) -> torch.Tensor:
     """The label tokens' logits by the library alone: left-padded, masked, the whole vocabulary at the last place."""
     width = max(map(len, encoded))
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in encoded], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
+    ids = torch.tensor(
+        [[0] * (width - len(row)) + list(row) for row in encoded], device=model.device
+    )
+    mask = torch.tensor(
+        [[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device
+    )
     amp = model.device.type == "cuda"
     with torch.autocast("cuda", model.dtype) if amp else contextlib.nullcontext():
-        return model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False).logits[:, -1, label_ids].float()
+        return (
+            model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+            .logits[:, -1, label_ids]
+            .float()
+        )
 
 
 def training_step(model, logits, tokens: dict, label_ids: list[int], plan: batching.BatchPlan):
@@ -162,11 +219,15 @@ def training_step(model, logits, tokens: dict, label_ids: list[int], plan: batch
     def step(batch: list[int]) -> torch.Tensor:
         total = 0.0
         for i in range(0, len(batch), plan.micro_batch_size):
-            rows = batch[i:i + plan.micro_batch_size]
+            rows = batch[i : i + plan.micro_batch_size]
             encoded = [tokens["short"][j] for j in rows]
-            batching.checkpoint_layers(model, plan.checkpointed_layers(layers, sum(map(len, encoded))))
+            batching.checkpoint_layers(
+                model, plan.checkpointed_layers(layers, sum(map(len, encoded)))
+            )
             labels = torch.tensor([tokens["label"][j] for j in rows], device=model.device)
-            loss = torch.nn.functional.cross_entropy(logits(model, encoded, label_ids), labels, reduction="sum") / len(batch)
+            loss = torch.nn.functional.cross_entropy(
+                logits(model, encoded, label_ids), labels, reduction="sum"
+            ) / len(batch)
             scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
@@ -175,11 +236,14 @@ def training_step(model, logits, tokens: dict, label_ids: list[int], plan: batch
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return total
+
     return step
 
 
 @torch.no_grad()
-def score(model, logits, prompts: list[list[int]], groups: list[list[int]], label_ids: list[int]) -> float:
+def score(
+    model, logits, prompts: list[list[int]], groups: list[list[int]], label_ids: list[int]
+) -> float:
     """Rows a second through `groups` of row numbers."""
     synchronize()
     start = time.perf_counter()
@@ -189,13 +253,18 @@ def score(model, logits, prompts: list[list[int]], groups: list[list[int]], labe
 
 
 def profile(step, batches) -> str:
-    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * torch.cuda.is_available()
+    activities = [torch.profiler.ProfilerActivity.CPU] + [
+        torch.profiler.ProfilerActivity.CUDA
+    ] * torch.cuda.is_available()
     with torch.profiler.profile(activities=activities) as found:
         for batch in batches:
             step(batch)
         synchronize()
-    return found.key_averages().table(sort_by=f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total", row_limit=40,
-                                      max_name_column_width=70)
+    return found.key_averages().table(
+        sort_by=f"self_{'cuda' if torch.cuda.is_available() else 'cpu'}_time_total",
+        row_limit=40,
+        max_name_column_width=70,
+    )
 
 
 class HostMemory:
@@ -218,7 +287,9 @@ class HostMemory:
 
     @staticmethod
     def now() -> float:
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        fields = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         return round(int(fields["RssAnon"].split()[0]) / 2**20, 2)
 
 

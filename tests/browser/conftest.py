@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 300  # at most, for a server to start, a page to load with a model, a file to be classified
+SECONDS = (
+    300  # at most, for a server to start, a page to load with a model, a file to be classified
+)
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +41,24 @@ def browser(selenium, tmp_path_factory):
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for argument in ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "disable-background-networking",
-                     "disable-component-update", "disable-sync", "disable-quic", "window-size=1100,1400"):
+    for argument in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-dev-shm-usage",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-quic",
+        "window-size=1100,1400",
+    ):
         options.add_argument(f"--{argument}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     driver.downloads = tmp_path_factory.mktemp("downloads")
-    driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(driver.downloads)})
+    driver.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(driver.downloads)}
+    )
     yield driver
     driver.quit()
 
@@ -57,8 +71,13 @@ def serving(arguments: list, folder: Path, log: Path, **environment: str):
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     with log.open("wb") as output:
-        server = subprocess.Popen([sys.executable, "-m", *map(str, arguments), f"--port={port}"], cwd=folder, env=os.environ | environment,
-                                  stdout=output, stderr=output)
+        server = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments), f"--port={port}"],
+            cwd=folder,
+            env=os.environ | environment,
+            stdout=output,
+            stderr=output,
+        )
     try:
         end = time.monotonic() + SECONDS
         while True:
@@ -79,7 +98,9 @@ def serving(arguments: list, folder: Path, log: Path, **environment: str):
 def page_of(workspace: Path, log: Path):
     """The page's address, served as the Makefile does."""
     pytest.importorskip("voila", reason="needs Voila: pip install -e .[browser]")
-    [line] = [line for line in (ROOT / "Makefile").read_text().splitlines() if "$(BIN)/voila" in line]
+    [line] = [
+        line for line in (ROOT / "Makefile").read_text().splitlines() if "$(BIN)/voila" in line
+    ]
     arguments = line.split("$(BIN)/")[1].replace("--port=$(PORT)", "--no-browser").split()
     with serving(arguments, ROOT, log, QLORA_WORKSPACE=str(workspace)) as address:
         yield address
@@ -103,12 +124,29 @@ def lab(selenium, run_folder, tmp_path_factory):
     pytest.importorskip("jupyterlab", reason="needs JupyterLab: pip install -e .[browser]")
     folder, settings = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings")
     shutil.copy(ROOT / "notebooks" / "05_inference.ipynb", folder)
-    for name, setting in (("notebook-extension/tracker", {"windowingMode": "none"}),  # else cells out of sight are not in the page
-                          ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False})):
+    for name, setting in (
+        (
+            "notebook-extension/tracker",
+            {"windowingMode": "none"},
+        ),  # else cells out of sight are not in the page
+        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
+    ):
         path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(setting))
-    arguments = ["jupyterlab", "--ip=127.0.0.1", "--no-browser", "--allow-root", "--IdentityProvider.token="]
-    with serving(arguments, folder, folder / "log.txt", QLORA_WORKSPACE=str(run_folder), JUPYTERLAB_SETTINGS_DIR=str(settings)) as address:
+    arguments = [
+        "jupyterlab",
+        "--ip=127.0.0.1",
+        "--no-browser",
+        "--allow-root",
+        "--IdentityProvider.token=",
+    ]
+    with serving(
+        arguments,
+        folder,
+        folder / "log.txt",
+        QLORA_WORKSPACE=str(run_folder),
+        JUPYTERLAB_SETTINGS_DIR=str(settings),
+    ) as address:
         urllib.request.urlopen(f"{address}/lab", timeout=SECONDS).read()
         yield address

@@ -19,18 +19,43 @@ ROWS = [[(7 * i + j) % 64 for j in range(3 + 5 * i)] for i in range(8)]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    config = MistralConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, initializer_range=0.05)
+    config = MistralConfig(
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.05,
+    )
     folder = tmp_path_factory.mktemp("model")
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
     return folder
 
 
 def lora_model(checkpoint, dropout) -> PeftModel:
-    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float16, device_map={"": 0}, quantization_config=BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float16))
+    base = AutoModelForCausalLM.from_pretrained(
+        checkpoint,
+        dtype=torch.float16,
+        device_map={"": 0},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float16,
+        ),
+    )
     torch.manual_seed(1)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=8,
+            lora_alpha=16,
+            lora_dropout=dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+    )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.1)
@@ -42,7 +67,9 @@ def gradients(model, seed=0, one_by_one=False) -> dict[str, torch.Tensor]:
     model.zero_grad()
     with torch.autocast("cuda", torch.float16):
         if one_by_one:
-            logits = torch.cat([model(torch.tensor([row]).cuda()).logits[:, -1].float() for row in ROWS])
+            logits = torch.cat(
+                [model(torch.tensor([row]).cuda()).logits[:, -1].float() for row in ROWS]
+            )
         else:
             logits = label_logits(model, ROWS, list(range(64)))
         loss = cross_entropy(logits, torch.arange(8).cuda())
@@ -83,8 +110,15 @@ def test_a_mask_keeps_the_right_share_everywhere_and_depends_on_the_seed_alone(c
         for lines in (mask.mean(0), mask.mean(1)):  # as a binomial share would scatter
             expected = (0.05 * 0.95 / (mask.numel() / len(lines))) ** 0.5
             assert lines.std().item() == pytest.approx(expected, rel=0.1)
-    for one, other in ((masks[0], masks[1]), (masks[0], masks[2]), (masks[0][:, 1:], masks[0][:, :-1]), (masks[0][1:], masks[0][:-1])):
-        assert ((1 - one) * (1 - other)).mean().item() == pytest.approx(0.05**2, rel=0.05)  # independent
+    for one, other in (
+        (masks[0], masks[1]),
+        (masks[0], masks[2]),
+        (masks[0][:, 1:], masks[0][:, :-1]),
+        (masks[0][1:], masks[0][:-1]),
+    ):
+        assert ((1 - one) * (1 - other)).mean().item() == pytest.approx(
+            0.05**2, rel=0.05
+        )  # independent
 
 
 def test_a_plan_fits_the_memory_it_is_given(checkpoint):
@@ -100,8 +134,10 @@ def test_a_plan_fits_the_memory_it_is_given(checkpoint):
             torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
             plan = plan_encoded(model, rows, [1, 2, 3, 4], 16)
             assert plan.peak_gib <= 0.9 * gib
-            checkpoint_layers(model, plan.checkpointed_layers(2, sum(map(len, rows[:plan.micro_batch_size]))))
-            label_logits(model, rows[:plan.micro_batch_size], [1, 2, 3, 4]).sum().backward()
+            checkpoint_layers(
+                model, plan.checkpointed_layers(2, sum(map(len, rows[: plan.micro_batch_size])))
+            )
+            label_logits(model, rows[: plan.micro_batch_size], [1, 2, 3, 4]).sum().backward()
             model.zero_grad(set_to_none=True)
             seen.add((plan.micro_batch_size, plan.kept_activations))
     finally:

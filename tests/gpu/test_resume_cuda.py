@@ -23,16 +23,32 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def checkpoint(tmp_path_factory):
     """A random Mistral and a tokenizer of the sample's words: nothing is downloaded."""
     texts = load_rows(RunConfig(**(PROFILES["cpu"] | {"profile": "cpu"})))["train"].raw
-    words = sorted({word for text in (*texts, *[f" {label}" for label in LABELS], build_prompt("")) for word in text.split()})
+    words = sorted(
+        {
+            word
+            for text in (*texts, *[f" {label}" for label in LABELS], build_prompt(""))
+            for word in text.split()
+        }
+    )
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<pad>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
-    config = MistralConfig(vocab_size=len(vocabulary), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, initializer_range=0.05, pad_token_id=1)
+    config = MistralConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.05,
+        pad_token_id=1,
+    )
     folder = tmp_path_factory.mktemp("model")
     AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(folder)
     return str(folder)
 
 
@@ -55,13 +71,18 @@ def prepared(folder, checkpoint, monkeypatch):
         found = loss(model, inputs, *args, **kwargs)
         # 65536 times this is no float16: the scaler skips the step, halves its scale and goes on
         return found * 1e6 if model.training and trainer.state.global_step in (2, 7) else found
+
     trainer.compute_loss = overflowing
     return workspace, trainer
 
 
 def outcome(folder, trainer):
     history = json.loads((folder / "training.json").read_text())
-    return history, load_file(folder / "adapter" / "adapter_model.safetensors"), trainer.accelerator.scaler.state_dict()
+    return (
+        history,
+        load_file(folder / "adapter" / "adapter_model.safetensors"),
+        trainer.accelerator.scaler.state_dict(),
+    )
 
 
 def test_stopped_at_five_points_it_ends_as_if_never_stopped(checkpoint, tmp_path, monkeypatch):
@@ -83,10 +104,18 @@ def test_stopped_at_five_points_it_ends_as_if_never_stopped(checkpoint, tmp_path
         found, weights, state = outcome(folder, trainer)
         assert found["skipped_steps"] == history["skipped_steps"] and state == scaler, step
         for part in ("train", "validation"):
-            assert [entry["step"] for entry in found[part]] == [entry["step"] for entry in history[part]]
+            assert [entry["step"] for entry in found[part]] == [
+                entry["step"] for entry in history[part]
+            ]
             for entry, expected in zip(found[part], history[part], strict=True):
-                assert entry["loss"] == pytest.approx(expected["loss"], rel=5e-3, abs=5e-3), (step, part, entry["step"])
-        assert [e["learning_rate"] for e in found["train"]] == [e["learning_rate"] for e in history["train"]]
+                assert entry["loss"] == pytest.approx(expected["loss"], rel=5e-3, abs=5e-3), (
+                    step,
+                    part,
+                    entry["step"],
+                )
+        assert [e["learning_rate"] for e in found["train"]] == [
+            e["learning_rate"] for e in history["train"]
+        ]
         assert found["best_epoch"] == history["best_epoch"]
         for name, expected in adapter.items():
             assert (weights[name] - expected).norm() <= 0.02 * expected.norm() + 1e-4, (step, name)

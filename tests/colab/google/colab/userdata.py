@@ -20,7 +20,9 @@ class SecretNotFoundError(errors.Error):
 
 class TimeoutException(errors.Error):
     def __init__(self, key):
-        super().__init__(f"Requesting secret {key} timed out. Secrets can only be fetched when running from the Colab UI.")
+        super().__init__(
+            f"Requesting secret {key} timed out. Secrets can only be fetched when running from the Colab UI."
+        )
 
 
 def get(key):
@@ -30,4 +32,8 @@ def get(key):
         return behaviour[3:]
     if behaviour == "hangs":
         time.sleep(300)
-    raise {"missing": SecretNotFoundError, "forbidden": NotebookAccessError, "late": TimeoutException}[behaviour](key)
+    raise {
+        "missing": SecretNotFoundError,
+        "forbidden": NotebookAccessError,
+        "late": TimeoutException,
+    }[behaviour](key)
