@@ -330,7 +330,7 @@ def faults(path: Path) -> list[str]:
         != list(range(1, len(code) + 1)),
         "holds an error": any(output.output_type == "error" for output in outputs),
         "holds stderr of a download, or a warning": re.search(
-            r"\d[KMG]B?/|[Ww]arning|Traceback", errors
+            r"\d[KMG]B?/|[Ww]arning|Failed|Traceback", errors
         ),
         "holds widgets without their state": not all(
             "state" in value for value in notebook.metadata.get("widgets", {}).values()
@@ -422,6 +422,10 @@ def _cut_badge(notebook):
         ),
         (
             _cell(2, **_stream("stderr", "x.py:3: UserWarning: y")),
+            "holds stderr of a download, or a warning",
+        ),
+        (
+            _cell(2, **_stream("stderr", "Failed to load a kernel: No module named 'kernels'")),
             "holds stderr of a download, or a warning",
         ),
         (
