@@ -1,4 +1,4 @@
-"""Run the five notebooks on a GPU that is held to a T4's terms, each in its own kernel, and print one table.
+"""Run the five notebooks on a GPU under a T4's terms, each in its own kernel, and print one table.
 
     python tests/gpu/rehearse.py                                  AG News from the hub
     python tests/gpu/rehearse.py --data FOLDER                    or from train.csv and test.csv
@@ -69,6 +69,7 @@ def main() -> None:
             columns[column] = rehearse(model, work.absolute() / f"{model}-{repeat}")
             print(json.dumps({column: columns[column]}), flush=True)
     print(f"\n{description()}\n\n{as_table(columns)}")
+    print(f"\nThe runs, with the executed notebooks, are in {work}.")
 
 
 def set_environment(arguments: argparse.Namespace) -> None:
