@@ -145,7 +145,7 @@ class LabelTrainer(ResumableTrainer):
             None,
             [],
         )  # losses of the micro-batches since the last optimizer step
-        self._tokenizer, self._validation = tokenizer, subset["validation"]
+        self._tokenizer = tokenizer
         self._probabilities = (
             self.best_probabilities
         ) = []  # of the validation rows, at the last evaluation and at the best one
@@ -163,7 +163,7 @@ class LabelTrainer(ResumableTrainer):
             checkpoint_steps=checkpoint_steps,
             model=model,
             train_dataset=rows,
-            eval_dataset=self._validation,
+            eval_dataset=subset["validation"],
             data_collator=self._collate,
             args=_one_gpu(
                 TrainingArguments(
@@ -210,8 +210,10 @@ class LabelTrainer(ResumableTrainer):
     ) -> dict[str, float]:
         """Score the validation rows as `label_probabilities` does: loss, accuracy and macro-F1, logged as the Trainer's own are."""
         start = time.perf_counter()
-        found = label_probabilities(self.model, self._tokenizer, self._validation.text, self.config)
-        labels = self._validation.label.to_numpy()
+        found = label_probabilities(
+            self.model, self._tokenizer, self.eval_dataset.text, self.config
+        )
+        labels = self.eval_dataset.label.to_numpy()
         metrics = {"loss": float(-np.log(found[range(len(labels)), labels]).mean())}
         metrics |= scores(found.argmax(axis=1).tolist(), labels.tolist(), self.config.labels)
         metrics["runtime"] = time.perf_counter() - start
