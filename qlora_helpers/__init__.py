@@ -1,56 +1,91 @@
-"""What the five notebooks share: QLoRA on AG News, from a run's config to the headline panel."""
+"""What the five notebooks share: QLoRA on AG News, from a run's config to the headline panel.
 
-from qlora_helpers import _bitsandbytes, plots
-from qlora_helpers.adapter_files import export_adapter
-from qlora_helpers.batching import BatchPlan, plan_batches
-from qlora_helpers.card import model_card
-from qlora_helpers.classifier import HeadlineClassifier
-from qlora_helpers.cleaning import clean_text
-from qlora_helpers.config import LABELS, RunConfig
-from qlora_helpers.curve import learning_curve, tfidf_classifier
-from qlora_helpers.data import SPLITS, draw_subset, load_rows, text_rules
-from qlora_helpers.doctor import examine, findings_table, require_ok
-from qlora_helpers.errors import (
-    ConfigError,
-    DataError,
-    ModelError,
-    PreflightError,
-    QLoraError,
-    TrainingStopped,
-    WorkspaceError,
-)
-from qlora_helpers.file_panel import FilePanel
-from qlora_helpers.files import write_text
-from qlora_helpers.headline_panel import EXAMPLES, HeadlinePanel
-from qlora_helpers.merging import merge_adapter, merged_bytes
-from qlora_helpers.metrics import (
-    ece_by_chance,
-    fit_temperature,
-    mcnemar,
-    p_text,
-    reliability,
-    scoreboard,
-    scores,
-    wilson_interval,
-    with_temperature,
-)
-from qlora_helpers.modeling import (
-    attach_lora,
-    compute_dtype,
-    load_adapter,
-    load_base_model,
-    load_tokenizer,
-    save_adapter,
-)
-from qlora_helpers.prompts import (
-    build_prompt,
-    encode_prompts,
-    few_shot_prefix,
-    label_token_ids,
-    label_words,
-)
-from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
-from qlora_helpers.text_table import classify_file
-from qlora_helpers.training import LabelTrainer, what_validation_says
-from qlora_helpers.widgets import ErrorExplorer, LossPanel, review_table
-from qlora_helpers.workspace import Workspace, open_workspace
+`from qlora_helpers import RunConfig` imports what RunConfig needs, and no more.
+"""
+
+import logging
+from importlib import import_module
+
+_MODULES = {  # each with its public names, in the order in which the notebooks introduce them
+    "errors": (
+        "QLoraError",
+        "ConfigError",
+        "DataError",
+        "ModelError",
+        "PreflightError",
+        "TrainingStopped",
+        "WorkspaceError",
+    ),
+    # 01_setup
+    "config": ("LABELS", "RunConfig"),
+    "doctor": ("examine", "findings_table", "require_ok"),
+    "workspace": ("Workspace", "open_workspace"),
+    "files": ("write_text",),
+    # 02_data_subset
+    "cleaning": ("clean_text",),
+    "data": ("SPLITS", "draw_subset", "load_rows", "text_rules"),
+    "prompts": (
+        "build_prompt",
+        "encode_prompts",
+        "few_shot_prefix",
+        "label_token_ids",
+        "label_words",
+    ),
+    # 03_qlora_training
+    "modeling": (
+        "attach_lora",
+        "compute_dtype",
+        "load_adapter",
+        "load_base_model",
+        "load_tokenizer",
+        "save_adapter",
+    ),
+    "batching": ("BatchPlan", "plan_batches"),
+    "training": ("LabelTrainer", "what_validation_says"),
+    "scoring": ("check_same_adapter", "label_logits", "label_probabilities"),
+    # 04_evaluation
+    "metrics": (
+        "ece_by_chance",
+        "fit_temperature",
+        "mcnemar",
+        "p_text",
+        "reliability",
+        "scoreboard",
+        "scores",
+        "wilson_interval",
+        "with_temperature",
+    ),
+    "curve": ("learning_curve", "tfidf_classifier"),
+    "card": ("model_card",),
+    # 05_inference
+    "classifier": ("HeadlineClassifier",),
+    "text_table": ("classify_file",),
+    "adapter_files": ("export_adapter",),
+    "merging": ("merge_adapter", "merged_bytes"),
+    # figures and panels
+    "plots": (),
+    "widgets": ("ErrorExplorer", "LossPanel", "review_table"),
+    "headline_panel": ("EXAMPLES", "HeadlinePanel"),
+    "file_panel": ("FilePanel",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [*_MODULE_OF, "plots"]
+
+
+def __getattr__(name: str):
+    """Import the module of a public name when the name is first asked for (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # On some CPUs bitsandbytes warns, when it is imported, of a kernel that is not needed here.
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        module = import_module(f"{__name__}.{_MODULE_OF.get(name, name)}")
+    finally:
+        logger.setLevel(level)
+    return getattr(module, name, module)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

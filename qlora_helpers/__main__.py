@@ -5,11 +5,7 @@ import json
 import os
 import sys
 
-from tqdm import tqdm
-
-from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.errors import DataError, QLoraError
-from qlora_helpers.text_table import split_lines
 
 _ROWS_AT_ONCE = 512  # what has been classified is written before the rest is
 
@@ -45,6 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="an adapter alone: its folder, or account/name on the hub",
     )
     asked = parser.parse_args(arguments)
+    # These import torch, which takes seconds: --help does without them.
+    from tqdm import tqdm
+
+    from qlora_helpers import HeadlineClassifier
+    from qlora_helpers.text_table import split_lines
+
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         if not asked.headlines and sys.stdin.isatty():
