@@ -22,8 +22,8 @@ _SHARE = 0.9  # of the free memory: the rest is for what a probe does not see, t
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an effective batch is cut to fit the memory. Without dropout the losses do not depend on it,
-    beyond rounding; dropout draws its masks for each micro-batch.
+    """How an effective batch is cut to fit the memory. The losses do not depend on it beyond
+    rounding: dropout's masks belong to the rows.
 
     `kept_activations` is how many activations of a token in a decoder layer are kept from forward to backward; the layers for which
     there is no room in a batch are checkpointed: run again in backward, which costs a third of a step (arXiv:1604.06174)."""

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from qlora_helpers import passes
+from qlora_helpers.dropout import RowDropout, use_row_dropout
 from qlora_helpers.packing import take
 
 _FAMILIES = ("Llama", "Mistral")  # whose attention and MLP compute what is computed here
@@ -20,14 +21,15 @@ _FAMILIES = ("Llama", "Mistral")  # whose attention and MLP compute what is comp
 def fuse_lora(model: PeftModel) -> PeftModel:
     """`model`, patched in place: the attention and the MLP of a Llama or Mistral run packed batches with LoRA in few passes.
 
-    Layers that read the same input (q, k, v; gate, up) share its dropout mask: still dropout on each layer's input. A mask is drawn
-    again in backward from its seed, which comes from the CPU's default generator. Only inputs and rank-r products are kept for
+    The dropout of every model becomes a `RowDropout`. Layers that read the same input (q, k, v; gate, up) share its mask: still
+    dropout on each layer's input. It is drawn again in backward. Only inputs and rank-r products are kept for
     backward; LoRA products run in the input's dtype, from float32 weights. Without gradients, the last layer's MLP sees each row's
     last token alone, and large batches in float32 add B A to the weights first. An adapter that is switched off has rank 0 here: the base
     model and the tuned model take the same code, and differ by B A alone. Where an adapter is merged or more than plain LoRA beside
     frozen weights, and where a batch is not packed, PEFT's own layers run. Frozen weights become views of one matrix a group, their
     scales float32 (the same values): move or deep-copy a model before, not after.
     """
+    use_row_dropout(model)
     for block in list(model.modules()):
         block.__dict__.pop(
             "forward", None
@@ -83,6 +85,10 @@ class _Group:
 
     def __init__(self, layers):
         self.layers, self.sizes, self.state = layers, [layer.out_features for layer in layers], None
+        for layer in layers:  # in PEFT's own path too
+            for name, dropout in layer.lora_dropout.items():
+                if isinstance(dropout, RowDropout):
+                    dropout.number = layers[0].lora_dropout[name].number
         weights = [layer.base_layer.weight for layer in layers]
         self.weight = _merge(weights, [weight.data for weight in weights], "data")
         if isinstance(layers[0].base_layer, Linear4bit):
@@ -121,13 +127,19 @@ class _Group:
             ):
                 return None
             dropout = layer.lora_dropout[name]  # an Identity where the rate is zero
-            rate = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+            if type(dropout) is nn.Dropout:  # of an adapter that is newer than `fuse_lora`
+                return None
+            rate = dropout.p if dropout.training and isinstance(dropout, RowDropout) else 0.0
             found.add((name, layer.r[name], layer.scaling[name], rate))
         return found.pop()[2:] if len(found) == 1 else None
 
     def is_off(self) -> bool:
         """Return whether the adapter is switched off in all layers."""
         return all(layer.disable_adapters for layer in self.layers)
+
+    def keys(self, x) -> torch.Tensor:
+        """From which the mask of x is drawn."""
+        return self.layers[0].lora_dropout[self.layers[0].active_adapters[0]].keys(x)
 
     def parameters(self) -> list[nn.Parameter]:
         """Each layer's A (r, inputs), then each layer's B (outputs, r); none while the adapter is switched off."""
@@ -230,7 +242,13 @@ def _mlp(pair, down, plain, x):
         gate, up = (rows @ weight.T for weight in pair.tuned().split(pair.sizes))
         return (silu(gate, inplace=True).mul_(up) @ down.tuned().T).view_as(x)
     return _SwiGlu.apply(
-        pair, down, *_choices(pair), *_choices(down), rows, *pair.parameters(), *down.parameters()
+        pair,
+        down,
+        *_choices(pair, rows),
+        *_choices(down, rows),
+        rows,
+        *pair.parameters(),
+        *down.parameters(),
     ).view_as(x)
 
 
@@ -238,7 +256,7 @@ def _linear(group, x):
     return (
         x @ group.tuned().T
         if _adds_up(x, group)
-        else _Linear.apply(group, *_choices(group), x, *group.parameters())
+        else _Linear.apply(group, *_choices(group, x), x, *group.parameters())
     )
 
 
@@ -264,30 +282,30 @@ def _last_layer(layer, pair, plain, hidden_states, ends=None, **kwargs):
     return hidden_states.index_copy(1, ends, last + layer.mlp(layer.post_attention_layernorm(last)))
 
 
-def _choices(group) -> tuple[float, float, int]:
-    """Scale of A's product, dropout rate, and the seed of a mask."""
+def _choices(group, x) -> tuple[float, float, torch.Tensor | None]:
+    """Scale of A's product, dropout rate, and the keys of x's mask."""
     scaling, rate = group.adapter()
-    return scaling / (1 - rate), rate, int(torch.randint(2**31 - 1, ())) if rate else 0
+    return scaling / (1 - rate), rate, group.keys(x) if rate else None
 
 
 class _Linear(torch.autograd.Function):
     """(tokens, inputs) to (tokens, outputs of all)"""
 
     @staticmethod
-    def forward(ctx, group, scale, rate, seed, x, *parameters):
+    def forward(ctx, group, scale, rate, keys, x, *parameters):
         a, b = group.adapted(parameters, scale, x.dtype)
-        inner = passes.drop(x, rate, seed) @ a.T
+        inner = passes.drop(x, rate, keys) @ a.T
         ctx.save_for_backward(x, inner, a, b)
-        ctx.choices = group, scale, rate, seed
+        ctx.choices = group, scale, rate, keys
         return (inner @ b.T).addmm_(x, group.frozen(x.dtype).T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (group, scale, rate, seed), (x, inner, a, b) = ctx.choices, ctx.saved_tensors
+        (group, scale, rate, keys), (x, inner, a, b) = ctx.choices, ctx.saved_tensors
         grads_b = (grad.T @ inner).split(group.sizes)
         inner = grad @ b
-        grad_x, kept = passes.drop_backward(grad @ group.frozen(x.dtype), inner @ a, x, rate, seed)
+        grad_x, kept = passes.drop_backward(grad @ group.frozen(x.dtype), inner @ a, x, rate, keys)
         return None, None, None, None, grad_x, *group.gradients(inner.T @ kept, grads_b, scale)
 
 
@@ -296,13 +314,13 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, pair, down, scale, rate, seed, down_scale, down_rate, down_seed, x, *parameters
+        ctx, pair, down, scale, rate, keys, down_scale, down_rate, down_keys, x, *parameters
     ):
         (a, b), (down_a, down_b) = (
             pair.adapted(parameters[:4], scale, x.dtype),
             down.adapted(parameters[4:], down_scale, x.dtype),
         )
-        inner = passes.drop(x, rate, seed) @ a.T
+        inner = passes.drop(x, rate, keys) @ a.T
         # one product each: the halves of a common one would not be contiguous, and every pass over them slower
         gate, up = (
             (inner @ rows.T).addmm_(x, weight.T)
@@ -310,21 +328,21 @@ class _SwiGlu(torch.autograd.Function):
                 b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes), strict=True
             )
         )
-        hidden, kept = passes.swiglu(gate, up, down_rate, down_seed)
+        hidden, kept = passes.swiglu(gate, up, down_rate, down_keys)
         down_inner = kept @ down_a.T
         ctx.save_for_backward(x, gate, up, inner, a, b, down_inner, down_a, down_b)
-        ctx.choices = pair, down, scale, rate, seed, down_scale, down_rate, down_seed
+        ctx.choices = pair, down, scale, rate, keys, down_scale, down_rate, down_keys
         return (down_inner @ down_b.T).addmm_(hidden, down.frozen(x.dtype).T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        pair, down, scale, rate, seed, down_scale, down_rate, down_seed = ctx.choices
+        pair, down, scale, rate, keys, down_scale, down_rate, down_keys = ctx.choices
         x, gate, up, inner, a, b, down_inner, down_a, down_b = ctx.saved_tensors
         grads_down_b = [grad.T @ down_inner]
         down_inner = grad @ down_b
         grad_gate, grad_up, kept = passes.swiglu_backward(
-            grad @ down.frozen(x.dtype), down_inner @ down_a, gate, up, down_rate, down_seed
+            grad @ down.frozen(x.dtype), down_inner @ down_a, gate, up, down_rate, down_keys
         )
         of_down = down.gradients(down_inner.T @ kept, grads_down_b, down_scale)
         del kept
@@ -335,7 +353,7 @@ class _SwiGlu(torch.autograd.Function):
         )
         inner = (grad_gate @ gate_b).addmm_(grad_up, up_b)
         grad_x, kept = passes.drop_backward(
-            (grad_gate @ gate_weight).addmm_(grad_up, up_weight), inner @ a, x, rate, seed
+            (grad_gate @ gate_weight).addmm_(grad_up, up_weight), inner @ a, x, rate, keys
         )
         return *[None] * 8, grad_x, *pair.gradients(inner.T @ kept, grads_b, scale), *of_down
 

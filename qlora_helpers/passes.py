@@ -80,64 +80,70 @@ def _fall_back(error: Exception) -> None:
     )
 
 
-def keep_mask(x, rate, seed) -> torch.Tensor:
-    """1 where an element of `x` (tokens, width) is kept, 0 where it is dropped, in its dtype: a function of the seed alone."""
-    if not x.is_cuda:
-        # a draw of 64 bits serves four elements, which rounds the rate to 1/65536: one draw each took a fifth of a training step
-        generator = torch.Generator().manual_seed(seed)
-        bits = (
-            torch.empty(x.numel() // 4 + 1, dtype=torch.int64)
-            .random_(-(2**63), None, generator=generator)
-            .view(torch.int16)
-        )
-        return torch.ge(
-            bits[: x.numel()].view(x.shape), round(rate * 65536) - 32768, out=torch.empty_like(x)
-        )
-    rows, columns = (torch.arange(n, dtype=torch.int32, device=x.device) for n in x.shape)
-    return (
-        _mix(_mix(rows[:, None] * x.shape[1] + columns) + seed) & 0x7FFFFFFF >= round(rate * 2**31)
-    ).to(x.dtype)
+def keep_mask(x, rate, keys) -> torch.Tensor:
+    """1 where an element of `x` (tokens, width) is kept, 0 where it is dropped, in its dtype: a function of its token's key, an int32,
+    and its column alone, the same on every device."""
+    least = round(rate * 2**32) - 2**31
+    if x.is_cuda:  # arithmetic alone, in the kernel that applies the mask: no memory traffic
+        hashed = (keys[:, None] ^ _columns(x.shape[1], x.device)) * 0x7FEB352D
+        return ((hashed ^ hashed >> 15) * -0x7B935975 >= least).to(x.dtype)
+    mask, columns = torch.empty_like(x), _columns_kept(x.shape[1])
+    size = max(1, 2**17 // x.shape[1])  # of slices that stay in the cache
+    for part, token in zip(mask.split(size), keys.split(size), strict=True):
+        hashed = (token[:, None] ^ columns).mul_(0x7FEB352D)
+        hashed ^= hashed >> 15
+        torch.ge(hashed.mul_(-0x7B935975), least, out=part)
+    return mask
 
 
-def _mix(x) -> torch.Tensor:
-    """An int32 hash, arithmetic alone, so that it costs no memory traffic: a multiply-xorshift finaliser."""
+def mix(x) -> torch.Tensor:
+    """An int32 hash: a multiply-xorshift finaliser."""
     x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
     x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975
     return x ^ (x >> 16 & 0xFFFF)
 
 
+def _columns(width, device) -> torch.Tensor:
+    return mix(torch.arange(width, dtype=torch.int32, device=device))
+
+
+@cache
+def _columns_kept(width) -> torch.Tensor:
+    return _columns(width, "cpu")
+
+
 @_one_pass(dynamic=True)
-def _dropped(x, rate, seed):
-    return x * keep_mask(x, rate, seed)
+def _dropped(x, rate, keys):
+    return x * keep_mask(x, rate, keys)
 
 
-def drop(x, rate, seed):
+def drop(x, rate, keys):
     """x (tokens, width) where it is kept, not scaled up; x itself if nothing is dropped."""
-    return _dropped(x, rate, seed) if rate else x
+    return _dropped(x, rate, keys) if rate else x
 
 
 @_one_pass(dynamic=True)
-def _drop_gradients(grad, low, x, rate, seed):
-    keep = keep_mask(x, rate, seed)
+def _drop_gradients(grad, low, x, rate, keys):
+    keep = keep_mask(x, rate, keys)
     return torch.addcmul(grad, low, keep), x * keep
 
 
-def drop_backward(grad, low, x, rate, seed):
+def drop_backward(grad, low, x, rate, keys):
     """The gradient of x from that of the frozen product and that of the dropped x, and the dropped x."""
-    return _drop_gradients(grad, low, x, rate, seed) if rate else (grad.add_(low), x)
+    return _drop_gradients(grad, low, x, rate, keys) if rate else (grad.add_(low), x)
 
 
 @_one_pass(dynamic=True)
-def swiglu(gate, up, rate, seed):
+def swiglu(gate, up, rate, keys):
     """silu(gate) * up, and the same where it is kept."""
     hidden = silu(gate) * up
-    return hidden, hidden * keep_mask(gate, rate, seed) if rate else hidden
+    return hidden, hidden * keep_mask(gate, rate, keys) if rate else hidden
 
 
 @_one_pass(dynamic=True)
-def swiglu_backward(grad, low, gate, up, rate, seed):
+def swiglu_backward(grad, low, gate, up, rate, keys):
     """The gradients of gate and up from that of the frozen product and that of what was kept; and what was kept."""
-    keep = keep_mask(gate, rate, seed) if rate else None
+    keep = keep_mask(gate, rate, keys) if rate else None
     grad = grad + low if keep is None else torch.addcmul(grad, low, keep)
     sigmoid = gate.sigmoid()
     activated = gate * sigmoid

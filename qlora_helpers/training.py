@@ -18,6 +18,7 @@ from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers,
 from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.config import RunConfig
 from qlora_helpers.drive_copy import within_drives_time
+from qlora_helpers.dropout import masks_of
 from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
@@ -240,8 +241,8 @@ class LabelTrainer(ResumableTrainer):
         }
 
     def _get_train_sampler(self, train_dataset=None):
-        # The Trainer's own draws from the global generator, which dropout also advances: the order of the second epoch
-        # would then depend on the micro-batch.
+        # The Trainer's own draws from the global generator: the order of the second epoch would then
+        # depend on what else draws from it.
         sampler = LengthGroupedSampler(
             self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
             lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
@@ -254,7 +255,8 @@ class LabelTrainer(ResumableTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """A micro-batch's forward and backward pass. Out of memory, it keeps fewer activations from here on, or halves the
         micro-batch, and runs it again. Raises ModelError with the rows that gave a loss that is not finite."""
-        rows, tokens = len(inputs["rows"]), sum(map(len, inputs["prompts"]))
+        lengths = [len(prompt) for prompt in inputs["prompts"]]
+        rows, tokens = len(lengths), sum(lengths)
         if rows > self.plan.micro_batch_size:
             halves = [
                 {name: part[half] for name, part in inputs.items()}
@@ -264,16 +266,17 @@ class LabelTrainer(ResumableTrainer):
         checkpoint_layers(
             self.model, self.plan.checkpointed_layers(len(decoder_layers(self.model)), tokens)
         )
-        random, trainable = torch.get_rng_state(), list(self.trainable().values())
+        trainable = list(self.trainable().values())
         gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
+        step_seed = [self.config.seed, self.state.global_step]
         try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+            with masks_of(step_seed, inputs["rows"], lengths, self.model.device):
+                loss = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError:
             loss = None  # and leave this block: its traceback holds the activations
         if loss is None:
             for p, gradient in zip(trainable, gradients, strict=True):
                 p.grad = gradient
-            torch.set_rng_state(random)
             free_memory()
             self._ask_for_less(rows, tokens)
             return self.training_step(model, inputs, num_items_in_batch)
