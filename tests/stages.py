@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -46,6 +47,7 @@ SETTINGS = {
     "lora_r": 4,
     "max_length": 48,
 }  # six steps an epoch, each in four micro-batches
+PLAN = BatchPlan(2, 4, 10**9, None, "as the test says")
 
 
 def tiny_config(tiny: str, **settings) -> RunConfig:
@@ -67,7 +69,9 @@ def draw() -> None:
     workspace.publish("02_data_subset", config, ["subset"], inputs=("01_setup",))
 
 
-def trainer_for(workspace: Workspace, config: RunConfig, **options) -> LabelTrainer:
+def trainer_for(
+    workspace: Workspace, config: RunConfig, plan: BatchPlan = PLAN, **options
+) -> LabelTrainer:
     subset = {split: pd.read_parquet(workspace / "subset" / f"{split}.parquet") for split in SPLITS}
     lora = LoraConfig(
         r=config.lora_r,
@@ -77,10 +81,23 @@ def trainer_for(workspace: Workspace, config: RunConfig, **options) -> LabelTrai
         task_type="CAUSAL_LM",
     )
     model = attach_lora(load_base_model(config), lora, config.seed)
-    plan = BatchPlan(2, 4, 10**9, None, "as the test says")
     return LabelTrainer(
         model, load_tokenizer(config), subset, config, plan, workspace / "checkpoints", **options
     )
+
+
+def step_losses(trainer: LabelTrainer) -> list[float]:
+    """Train, and return the loss of each step, not rounded as in the log."""
+    loss, found = trainer.compute_loss, Counter()
+
+    def compute_loss(*args, **kwargs):
+        part = loss(*args, **kwargs)
+        found[trainer.state.global_step] += part.item()
+        return part
+
+    trainer.compute_loss = compute_loss
+    trainer.train()
+    return list(found.values())
 
 
 def stop_at(trainer: LabelTrainer, step: int) -> None:

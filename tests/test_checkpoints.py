@@ -143,7 +143,7 @@ def test_time_spent_before_is_counted_and_skipped_steps_too(prepared):
 
 
 def test_a_cut_that_memory_now_allows_does_not_change_the_rest(prepared, workspace, uninterrupted):
-    """Dropout's masks depend on the micro-batch: a training goes on with the plan that it began with."""
+    """Another micro-batch rounds otherwise: a training goes on with the plan that it began with."""
     run, trainer = prepared()
     stages.stop_at(trainer, 5)
     with pytest.raises(TrainingStopped):

@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
 
+from qlora_helpers.dropout import masks_of, use_row_dropout
 from qlora_helpers.lora import _Group, _linear, fuse_lora
 from qlora_helpers.packing import pack, use_packed_attention
-from qlora_helpers.passes import keep_mask
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = [[5, 3, 9, 40, 7, 11], [8, 2], [33, 21, 6, 6], [50]]
@@ -131,42 +131,16 @@ def test_half_precision_keeps_float32_gradients_no_further_off_than_pefts(checkp
     assert error(fused_low, exact) < 1.2 * error(low, exact)
 
 
-def reference_with_masks(model, dropout):
-    """PEFT's own path, with each dropout replaced by the mask that the fused layers draw, in their order: of an MLP, both at once."""
-    drawn = {}
-
-    def masked(x, group, layer):
-        if group[0] == "gate_proj" and drawn.get("seeds") is None:
-            drawn["seeds"] = {
-                name: int(torch.randint(2**31 - 1, ())) for name in ("gate_proj", "down_proj")
-            }
-        if group[0] in ("q_proj", "o_proj") and drawn.get("group") is not group:
-            drawn.update(group=group, seed=int(torch.randint(2**31 - 1, ())), seeds=None)
-        seed = drawn["seeds"][group[0]] if drawn["seeds"] else drawn["seed"]
-        return x * keep_mask(x[0], dropout, seed) / (1 - dropout)
-
-    for layer in model.get_base_model().model.layers:
-        for group in (
-            ["q_proj", "k_proj", "v_proj"],
-            ["o_proj"],
-            ["gate_proj", "up_proj"],
-            ["down_proj"],
-        ):
-            for name in group:
-                module = getattr(
-                    layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name
-                )
-                module.lora_dropout["default"].forward = lambda x, group=group, layer=layer: masked(
-                    x, group, layer
-                )
-    return model
-
-
-def test_gradients_with_dropout_are_those_of_the_masks_drawn(checkpoint):
-    reference = loss_and_gradients(reference_with_masks(lora_model(checkpoint, 0.3), 0.3), seed=5)
-    found = loss_and_gradients(fuse_lora(lora_model(checkpoint, 0.3)), seed=5)
-    torch.testing.assert_close(found[0], reference[0])
-    assert_same(found[1], reference[1], rtol=1e-3, atol=1e-5)
+def test_gradients_with_dropout_are_those_of_pefts_own_layers(checkpoint):
+    """Both paths draw the same masks."""
+    model = fuse_lora(lora_model(checkpoint, 0.3))
+    with masks_of([5, 1], range(len(ROWS)), list(map(len, ROWS)), model.device):
+        found = loss_and_gradients(model)
+        for module in model.modules():
+            module.__dict__.pop("forward", None)
+        expected = loss_and_gradients(model)
+    torch.testing.assert_close(found[0], expected[0])
+    assert_same(found[1], expected[1], rtol=1e-3, atol=1e-5)
 
 
 def test_checkpointing_replays_the_masks(checkpoint):
@@ -180,23 +154,10 @@ def test_checkpointing_replays_the_masks(checkpoint):
     assert_same(found[1], expected[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("rate", [0.05, 0.5])
-def test_a_mask_keeps_the_right_share_everywhere_and_depends_on_the_seed_alone(rate):
-    x = torch.empty(4003, 1001)
-    mask = keep_mask(x, rate, 7)
-    assert set(mask.unique().tolist()) == {0.0, 1.0}
-    lanes = [
-        mask.flatten()[i::4].mean().item() for i in range(4)
-    ]  # four elements come from one draw
-    assert lanes == pytest.approx(
-        [1 - rate] * 4, abs=4.5 * (rate * (1 - rate) / (x.numel() / 4)) ** 0.5
-    )
-    torch.rand(3)
-    assert torch.equal(mask, keep_mask(x, rate, 7)) and not torch.equal(mask, keep_mask(x, rate, 8))
-
-
 def test_dropout_is_unbiased(checkpoint):
-    attention = lora_model(checkpoint, 0.2).get_base_model().model.layers[0].self_attn
+    model = lora_model(checkpoint, 0.2)
+    use_row_dropout(model)
+    attention = model.get_base_model().model.layers[0].self_attn
     group, draws = _Group([attention.q_proj, attention.k_proj, attention.v_proj]), 4000
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -18,6 +18,7 @@ to the end of a step on the longest rows), `steps`, `mean_loss` (of the last rep
 
 import argparse
 import contextlib
+import itertools
 import json
 import random
 import resource
@@ -31,6 +32,7 @@ from peft import LoraConfig
 
 from qlora_helpers import batching, modeling, scoring
 from qlora_helpers.config import RunConfig
+from qlora_helpers.dropout import masks_of
 from qlora_helpers.packing import use_packed_attention
 
 SETTINGS = ["plain:16:none", "fused:16:plan", "fused:32:plan", "fused:64:plan", "fused:128:plan"]
@@ -132,7 +134,6 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
             plan = batching.BatchPlan(
                 micro, size // micro, named[kept] if kept in named else int(kept), None, ""
             )
-        torch.manual_seed(0)
         step = training_step(model, logits, tokens, label_ids, plan)
         order = random.Random(0).sample(range(len(prompts)), len(prompts))
         if fused:
@@ -214,10 +215,10 @@ def training_step(model, logits, tokens: dict, label_ids: list[int], plan: batch
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2e-4, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
-    layers = len(batching.decoder_layers(model))
+    layers, steps = len(batching.decoder_layers(model)), itertools.count()
 
     def step(batch: list[int]) -> torch.Tensor:
-        total = 0.0
+        total, seed = 0.0, [0, next(steps)]
         for i in range(0, len(batch), plan.micro_batch_size):
             rows = batch[i : i + plan.micro_batch_size]
             encoded = [tokens["short"][j] for j in rows]
@@ -225,10 +226,11 @@ def training_step(model, logits, tokens: dict, label_ids: list[int], plan: batch
                 model, plan.checkpointed_layers(layers, sum(map(len, encoded)))
             )
             labels = torch.tensor([tokens["label"][j] for j in rows], device=model.device)
-            loss = torch.nn.functional.cross_entropy(
-                logits(model, encoded, label_ids), labels, reduction="sum"
-            ) / len(batch)
-            scaler.scale(loss).backward()
+            with masks_of(seed, rows, list(map(len, encoded)), model.device):
+                loss = torch.nn.functional.cross_entropy(
+                    logits(model, encoded, label_ids), labels, reduction="sum"
+                ) / len(batch)
+                scaler.scale(loss).backward()
             total += loss.detach()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
