@@ -1,4 +1,4 @@
-"""A training in float16, with the scaler's state, that is stopped at five points and goes on: as one that was never stopped."""
+"""Trainings in float16: one that is stopped at five points and goes on, as one that was never stopped; and all batch plans alike."""
 
 import json
 import math
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 from qlora_helpers import modeling, training
+from qlora_helpers.batching import BatchPlan
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import TrainingStopped
@@ -119,3 +120,31 @@ def test_stopped_at_five_points_it_ends_as_if_never_stopped(checkpoint, tmp_path
         assert found["best_epoch"] == history["best_epoch"]
         for name, expected in adapter.items():
             assert (weights[name] - expected).norm() <= 0.02 * expected.norm() + 1e-4, (step, name)
+
+
+def test_no_plan_changes_a_loss_beyond_float16s_error(checkpoint, tmp_path, monkeypatch):
+    """Step by step, as far as plans move the losses without dropout."""
+    plans = [
+        BatchPlan(8, 1, 10**9, None, ""),
+        BatchPlan(2, 4, 0, None, ""),
+        BatchPlan(1, 8, 60, None, ""),
+    ]
+
+    def losses(dropout, plan):
+        monkeypatch.setenv("QLORA_WORKSPACE", str(tmp_path / str(dropout)))
+        stages.set_up(stages.tiny_config(checkpoint, learning_rate=0.002, lora_dropout=dropout))
+        stages.draw()
+        return torch.tensor(
+            stages.step_losses(stages.trainer_for(*stages.open_workspace("02_data_subset"), plan))
+        )
+
+    def changes(dropout):
+        whole, *others = [losses(dropout, plan) for plan in plans]
+        assert len(whole) == 12 and whole.isfinite().all()
+        return max((other - whole).abs().max().item() for other in others)
+
+    error = changes(0.0)
+    for dropout in (0.05, 0.5):
+        found = changes(dropout)
+        print(f"largest change of a loss: {found:.1e} at dropout {dropout}, {error:.1e} without")
+        assert found <= 4 * error + 5e-3
