@@ -1,6 +1,7 @@
 """Decoder layers with LoRA in fewer and leaner passes: PEFT's values and gradients, sooner and in less memory."""
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
@@ -80,6 +81,32 @@ def _groups(*groups) -> "list[_Group] | None":
     return [_Group(group) for group in groups]
 
 
+class _Adapter(NamedTuple):
+    """The adapter of a group's layers in one pass."""
+
+    scale: float  # of A's product; what dropout keeps is scaled up here
+    rate: float  # of dropout; 0 outside training
+    parameters: list[nn.Parameter]  # each layer's A (r, inputs), then each layer's B (outputs, r)
+    dropout: nn.Module | None
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it is switched off: it has rank 0 then."""
+        return not self.parameters
+
+    def keys(self, x) -> torch.Tensor | None:
+        """Return the keys from which the mask of x (tokens, inputs) is drawn; None without dropout."""
+        return self.dropout.keys(x) if self.rate else None
+
+
+def _rate(dropout: nn.Module) -> float | None:
+    """Return the present rate of a layer's dropout; None for one that is newer than `fuse_lora`."""
+    if type(dropout) is nn.Dropout:
+        return None
+    # It is an Identity where the rate is zero.
+    return dropout.p if isinstance(dropout, RowDropout) and dropout.training else 0.0
+
+
 class _Group:
     """LoRA layers that read the same input, their frozen weights merged into one matrix (outputs of all, inputs)."""
 
@@ -110,66 +137,44 @@ class _Group:
                 scales, shape, state.code, state.blocksize, state.quant_type, dtype
             )
 
-    def adapter(self) -> tuple | None:
-        """Scaling and present dropout rate of the one adapter, the same in all layers; zeros if it is switched off. None where there is
-        no such adapter."""
-        name, *others = self.layers[0].active_adapters or [None]
-        if self.is_off() and not any(layer.merged for layer in self.layers):
-            return 0.0, 0.0
-        found = set()
-        for layer in self.layers:
-            if (
-                others
-                or layer.disable_adapters
-                or layer.merged
-                or layer.active_adapters != [name]
-                or name not in layer.lora_A
-            ):
+    def adapter(self) -> "_Adapter | None":
+        """Return the one adapter, the same in all layers, as it is now; None where there is no such adapter."""
+        layers, first = self.layers, self.layers[0]
+        if any(layer.merged for layer in layers):
+            return None
+        if all(layer.disable_adapters for layer in layers):
+            return _Adapter(0.0, 0.0, [], None)
+        active = first.active_adapters
+        if len(active) != 1 or any(layer.disable_adapters for layer in layers):
+            return None
+        name = active[0]
+        for layer in layers:
+            if layer.active_adapters != active or name not in layer.lora_A:
                 return None
-            dropout = layer.lora_dropout[name]  # an Identity where the rate is zero
-            if type(dropout) is nn.Dropout:  # of an adapter that is newer than `fuse_lora`
-                return None
-            rate = dropout.p if dropout.training and isinstance(dropout, RowDropout) else 0.0
-            found.add((name, layer.r[name], layer.scaling[name], rate))
-        return found.pop()[2:] if len(found) == 1 else None
-
-    def is_off(self) -> bool:
-        """Return whether the adapter is switched off in all layers."""
-        return all(layer.disable_adapters for layer in self.layers)
-
-    def keys(self, x) -> torch.Tensor:
-        """From which the mask of x is drawn."""
-        return self.layers[0].lora_dropout[self.layers[0].active_adapters[0]].keys(x)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Each layer's A (r, inputs), then each layer's B (outputs, r); none while the adapter is switched off."""
-        if self.is_off():
-            return []
-        name = self.layers[0].active_adapters[0]
-        return [
-            getattr(layer, matrix)[name].weight
-            for matrix in ("lora_A", "lora_B")
-            for layer in self.layers
-        ]
+        kinds = {(layer.r[name], layer.scaling[name]) for layer in layers}
+        rates = {_rate(layer.lora_dropout[name]) for layer in layers}
+        if len(kinds) > 1 or len(rates) > 1 or None in rates:
+            return None
+        parameters = [layer.lora_A[name].weight for layer in layers]
+        parameters += [layer.lora_B[name].weight for layer in layers]
+        rate = rates.pop()
+        return _Adapter(
+            first.scaling[name] / (1 - rate), rate, parameters, first.lora_dropout[name]
+        )
 
     def frozen(self, dtype) -> torch.Tensor:
         """(outputs of all, inputs)"""
         return (dequantize_4bit(self.weight, self.state) if self.state else self.weight).to(dtype)
 
-    def tuned(self) -> torch.Tensor:
+    def tuned(self, adapter: "_Adapter") -> torch.Tensor:
         """(outputs of all, inputs) in float32: the frozen weights and each layer's scaled B A added up, to read only."""
-        weight, (scaling, _), matrices, n = (
-            self.frozen(torch.float32),
-            self.adapter(),
-            self.parameters(),
-            len(self.layers),
-        )
+        weight, matrices, n = self.frozen(torch.float32), adapter.parameters, len(self.layers)
         if not matrices:
             return weight
         if not self.state:
             weight = weight.clone()
         for rows, a, b in zip(weight.split(self.sizes), matrices[:n], matrices[n:], strict=True):
-            rows.addmm_(b, a, alpha=scaling)
+            rows.addmm_(b, a, alpha=adapter.scale)
         return weight
 
     def adapted(self, parameters, scale, dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,7 +221,8 @@ def _attention(
     shape=None,
     **kwargs,
 ):
-    if real is None or not (qkv.adapter() and out.adapter()):
+    adapters = (qkv.adapter(), out.adapter())
+    if real is None or None in adapters:
         return plain(
             hidden_states,
             position_embeddings,
@@ -228,46 +234,50 @@ def _attention(
             **kwargs,
         )
     query, key, value = _Heads.apply(
-        _linear(qkv, hidden_states[0]), *position_embeddings, real, place, shape, block
+        _linear(qkv, adapters[0], hidden_states[0]),
+        *position_embeddings,
+        real,
+        place,
+        shape,
+        block,
     )
     attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=block.scaling)
-    return _linear(out, take(attended, real))[None], None
+    return _linear(out, adapters[1], take(attended, real))[None], None
 
 
 def _mlp(pair, down, plain, x):
-    if not (pair.adapter() and down.adapter() and pair.is_off() == down.is_off()):
+    adapters = (pair.adapter(), down.adapter())
+    if None in adapters or adapters[0].is_off != adapters[1].is_off:
         return plain(x)
     rows = x.flatten(0, -2)
-    if _adds_up(rows, pair, down):
-        gate, up = (rows @ weight.T for weight in pair.tuned().split(pair.sizes))
-        return (silu(gate, inplace=True).mul_(up) @ down.tuned().T).view_as(x)
-    return _SwiGlu.apply(
-        pair,
-        down,
-        *_choices(pair, rows),
-        *_choices(down, rows),
-        rows,
-        *pair.parameters(),
-        *down.parameters(),
-    ).view_as(x)
+    if _adds_up(rows, *adapters):
+        gate, up = (rows @ weight.T for weight in pair.tuned(adapters[0]).split(pair.sizes))
+        return (silu(gate, inplace=True).mul_(up) @ down.tuned(adapters[1]).T).view_as(x)
+    choices = [
+        choice
+        for adapter in adapters
+        for choice in (adapter.scale, adapter.rate, adapter.keys(rows))
+    ]
+    parameters = adapters[0].parameters + adapters[1].parameters
+    return _SwiGlu.apply(pair, down, *choices, rows, *parameters).view_as(x)
 
 
-def _linear(group, x):
-    return (
-        x @ group.tuned().T
-        if _adds_up(x, group)
-        else _Linear.apply(group, *_choices(group, x), x, *group.parameters())
+def _linear(group, adapter, x):
+    if _adds_up(x, adapter):
+        return x @ group.tuned(adapter).T
+    return _Linear.apply(
+        group, adapter.scale, adapter.rate, adapter.keys(x), x, *adapter.parameters
     )
 
 
-def _adds_up(x, *groups) -> bool:
+def _adds_up(x, *adapters) -> bool:
     """Whether weights and B A are added up before the product with x: less work where tokens outnumber inputs and nothing is kept for
     backward, but half precision would round the sum."""
     return (
         not torch.is_grad_enabled()
         and x.dtype == torch.float32
         and len(x) > x.shape[1]
-        and not any(group.adapter()[1] for group in groups)
+        and not any(adapter.rate for adapter in adapters)
     )
 
 
@@ -280,12 +290,6 @@ def _last_layer(layer, pair, plain, hidden_states, ends=None, **kwargs):
     )
     last = hidden_states[:, ends] + attended[:, ends]
     return hidden_states.index_copy(1, ends, last + layer.mlp(layer.post_attention_layernorm(last)))
-
-
-def _choices(group, x) -> tuple[float, float, torch.Tensor | None]:
-    """Scale of A's product, dropout rate, and the keys of x's mask."""
-    scaling, rate = group.adapter()
-    return scaling / (1 - rate), rate, group.keys(x) if rate else None
 
 
 class _Linear(torch.autograd.Function):

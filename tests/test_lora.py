@@ -161,9 +161,9 @@ def test_dropout_is_unbiased(checkpoint):
     group, draws = _Group([attention.q_proj, attention.k_proj, attention.v_proj]), 4000
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = _linear(group, x.expand(draws, 64).contiguous())
+        found = _linear(group, group.adapter(), x.expand(draws, 64).contiguous())
         attention.eval()
-        expected = _linear(group, x[None])
+        expected = _linear(group, group.adapter(), x[None])
     error = (found.mean(0) - expected[0]) / (found.std(0) / draws**0.5)  # in standard errors
     assert (
         found.std(0).min() > 1e-3 and error.abs().max() < 5.5 and error.square().mean().sqrt() < 1.5
@@ -190,7 +190,11 @@ def test_a_large_batch_without_gradients_adds_the_adapter_to_a_copy_of_the_weigh
     expected = logits_one_by_one(lora_model(checkpoint, nf4=nf4).eval()).detach().repeat(16, 1)
     model, added = fuse_lora(lora_model(checkpoint, nf4=nf4)).eval(), []
     monkeypatch.setattr(
-        _Group, "tuned", lambda group, tuned=_Group.tuned: added.append(group.sizes) or tuned(group)
+        _Group,
+        "tuned",
+        lambda group, adapter, tuned=_Group.tuned: (
+            added.append(group.sizes) or tuned(group, adapter)
+        ),
     )
     with torch.no_grad():
         first, second = logits(model, ROWS * 16), logits(model, ROWS * 16)
