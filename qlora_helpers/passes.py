@@ -83,16 +83,20 @@ def _fall_back(error: Exception) -> None:
 def keep_mask(x, rate, keys) -> torch.Tensor:
     """1 where an element of `x` (tokens, width) is kept, 0 where it is dropped, in its dtype: a function of its token's key, an int32,
     and its column alone, the same on every device."""
-    least = round(rate * 2**32) - 2**31
+    rate = round(rate * 2**31)
     if x.is_cuda:  # arithmetic alone, in the kernel that applies the mask: no memory traffic
+        # The compiler may compute in 64 bits, where nothing overflows: the lower 32 bits of each
+        # product count, and a shift has to bring down their sign.
         hashed = (keys[:, None] ^ _columns(x.shape[1], x.device)) * 0x7FEB352D
-        return ((hashed ^ hashed >> 15) * -0x7B935975 >= least).to(x.dtype)
+        shifted = (hashed >> 15 & 0x1FFFF) - (hashed >> 14 & 0x20000)
+        hashed = (hashed ^ shifted) * -0x7B935975
+        return ((hashed >> 1 & 0x7FFFFFFF ^ 0x40000000) >= rate).to(x.dtype)
     mask, columns = torch.empty_like(x), _columns_kept(x.shape[1])
     size = max(1, 2**17 // x.shape[1])  # of slices that stay in the cache
     for part, token in zip(mask.split(size), keys.split(size), strict=True):
         hashed = (token[:, None] ^ columns).mul_(0x7FEB352D)
         hashed ^= hashed >> 15
-        torch.ge(hashed.mul_(-0x7B935975), least, out=part)
+        torch.ge(hashed.mul_(-0x7B935975), 2 * rate - 2**31, out=part)  # the same, in 32 bits
     return mask
 
 
