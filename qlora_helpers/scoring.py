@@ -1,5 +1,6 @@
 """Label probabilities in one forward pass: the one core that training, evaluation and the widget call."""
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Sequence
@@ -47,8 +48,9 @@ def _at_labels(
     causal_lm: PreTrainedModel, hidden: torch.Tensor, label_ids: list[int]
 ) -> torch.Tensor:
     """(rows, labels) float32 logits from (rows, size) hidden states. The product is in float32: in half precision, labels tie."""
-    head = causal_lm.get_output_embeddings().weight[label_ids]
-    return hidden.float() @ head.float().T
+    head = causal_lm.get_output_embeddings()
+    logits = hidden.float() @ head.weight[label_ids].float().T
+    return logits if head.bias is None else logits + head.bias[label_ids].float()
 
 
 @torch.no_grad()
@@ -191,9 +193,10 @@ def _halves(batches: list[list[int]]) -> list[list[int]]:
 def _read_prefix(model, ids: list[int]) -> Cache:
     """The keys and values of a text, for the rows that come after it."""
     causal_lm = _causal_lm(model)
-    return causal_lm.base_model(
-        torch.tensor([ids], device=causal_lm.device), use_cache=True
-    ).past_key_values
+    with _own_attention(causal_lm):
+        return causal_lm.base_model(
+            torch.tensor([ids], device=causal_lm.device), use_cache=True
+        ).past_key_values
 
 
 def _label_logits_after(
@@ -211,14 +214,21 @@ def _label_logits_after(
     )
     copies = copy.deepcopy(read)
     copies.batch_repeat_interleave(len(encoded))
-    causal_lm.set_attn_implementation("sdpa")
-    try:
+    with _own_attention(causal_lm):
         hidden = causal_lm.base_model(
             ids, attention_mask=mask.long(), past_key_values=copies, use_cache=True
         ).last_hidden_state
+    return _at_labels(causal_lm, hidden[torch.arange(len(encoded)), lengths - 1], label_ids)
+
+
+@contextlib.contextmanager
+def _own_attention(causal_lm: PreTrainedModel):
+    """Run the library's attention, which keeps to masks and windows, instead of the packed one."""
+    causal_lm.set_attn_implementation("sdpa")
+    try:
+        yield
     finally:
         use_packed_attention(causal_lm)
-    return _at_labels(causal_lm, hidden[torch.arange(len(encoded)), lengths - 1], label_ids)
 
 
 def length_batches(encoded: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:
