@@ -65,17 +65,20 @@ def _problem(model: PreTrainedModel) -> str:
         # the likeliest tokens show scales and softcaps, the rows' own what was read
         ids = sorted({*own.topk(8).indices.flatten().tolist(), *rows[0], *rows[1]})
         use_packed_attention(model)
-        packed = label_logits(model, rows, ids)
         model.base_model.layers  # noqa: B018 (training checkpoints them by this name)
+        packed = label_logits(model, rows, ids)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of any kind: it does not take what a decoder takes
         return f"it does not run in 4 bits and packed batches ({type(error).__name__}: {reason(error)})"
     own, packed = (x - x.mean(1, keepdim=True) for x in (own[:, ids], packed))
     difference = ((packed - own).norm() / own.norm()).item()
-    if difference <= _ROUNDING[model.dtype]:
-        return ""
-    return (
-        f"the logits of two rows in one batch differ by {difference:.0%} from the library's own for "
-        f"each row alone, where rounding explains {_ROUNDING[model.dtype]:.2%}"
-    )
+    if not difference <= _ROUNDING[model.dtype]:
+        return (
+            f"the logits of two rows in one batch differ by {difference:.0%} from the library's own "
+            f"for each row alone, where rounding explains {_ROUNDING[model.dtype]:.2%}"
+        )
+    for name, parameter in model.base_model.layers.named_parameters():
+        if parameter.dim() > 2:  # the experts of a mixture
+            return f"layers.{name} is not the matrix of a linear layer, as NF4 and LoRA need it"
+    return ""

@@ -50,7 +50,7 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
         )
     layers, others, parts = _layers(base), dict(_others(base)), {}
     for name in (*layers, *others):
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        layer = re.match(r"\w+\.layers\.(\d+)\.", name)
         parts.setdefault(int(layer[1]) if layer else -1, []).append(name)
     made, places = folder.with_name(f"{folder.name}.partial"), {}
     shutil.rmtree(made, ignore_errors=True)
@@ -100,9 +100,9 @@ def _layers(base) -> dict[str, LoraLayer]:
 
 def _others(base) -> list[tuple[str, torch.nn.Parameter]]:
     return [
-        (name, p)
+        (name.replace(".base_layer.", "."), p)
         for name, p in base.named_parameters()
-        if "lora_" not in name and ".base_layer." not in name
+        if "lora_" not in name and not name.endswith(".base_layer.weight")
     ]
 
 

@@ -10,9 +10,11 @@ from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_helpers.batching import checkpoint_layers
+from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.modeling import attach_lora, load_base_model, save_adapter
+from qlora_helpers.merging import merge_adapter
+from qlora_helpers.modeling import attach_lora, load_adapter, load_base_model, save_adapter
 from qlora_helpers.scoring import _label_logits_after, _read_prefix, label_logits
 
 # bitsandbytes reads NF4 on a CPU rightly where a layer's inputs are a multiple of 64
@@ -58,10 +60,6 @@ RIGHT = {
     "ministral": {"sliding_window": 256},
     "ministral3": {},
     "exaone4": SLIDING | {"sliding_window": 256},
-    "mixtral": {"num_local_experts": 4},
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 64},
-    "qwen3_moe": EXPERTS,
-    "olmoe": EXPERTS,
 }
 DIFFER = "logits of two rows in one batch differ by"
 LAYERS = "no attribute 'layers'"
@@ -117,6 +115,11 @@ REFUSED = {
     "gpt2": ({}, LAYERS),
     "opt": ({"word_embed_proj_dim": 64, "ffn_dim": 64}, LAYERS),
     "rwkv": ({}, LAYERS),
+    # its experts are not linear layers
+    "mixtral": ({"num_local_experts": 4}, "experts"),
+    "qwen2_moe": (EXPERTS | {"shared_expert_intermediate_size": 64}, "experts"),
+    "qwen3_moe": (EXPERTS, "experts"),
+    "olmoe": (EXPERTS, "experts"),
     # the decoder is not at `base_model`
     "llama4_text": ({}, "does not run"),
 }
@@ -197,12 +200,17 @@ def test_rows_after_a_prefix_are_right_in_a_longer_text_than_the_window(right, r
     assert_same_probabilities(found, expected)
 
 
-def test_lora_gives_pefts_values_and_gradients(right, rows, tmp_path):
+def lora_model(run: RunConfig) -> PeftModel:
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = attach_lora(load_base_model(right), lora, seed=1)
+    model = attach_lora(load_base_model(run), lora, seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_lora_gives_pefts_values_and_gradients(right, rows, tmp_path):
+    model = lora_model(right)
     save_adapter(model, right, tmp_path / "adapter")
     plain = PeftModel.from_pretrained(
         library_model(right.base_model), tmp_path / "adapter", is_trainable=True
@@ -225,6 +233,20 @@ def test_lora_gives_pefts_values_and_gradients(right, rows, tmp_path):
         for name, gradient in gradients(model).items():
             assert gradient.abs().max() > 0, name
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+@torch.no_grad()
+def test_an_adapter_is_read_back_and_merged(right, rows, tokenizer, tmp_path):
+    tuned = lora_model(right).eval()
+    expected = label_logits(tuned, rows, LABEL_IDS)
+    save_adapter(tuned, right, tmp_path / "adapter")
+    model = load_adapter(load_base_model(right), tmp_path / "adapter")
+    assert_same_probabilities(label_logits(model, rows, LABEL_IDS), expected)
+    folder = merge_adapter(HeadlineClassifier(model, tokenizer, right), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = library_logits(merged, rows)[:, LABEL_IDS]
+    # it is written in float16
+    torch.testing.assert_close(found.softmax(1), expected.softmax(1), atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("family", REFUSED)
