@@ -1,4 +1,4 @@
-"""Base models of other families: right in packed batches to 1e-5, or refused with a message that names the family."""
+"""Base models of other families: right in packed batches to 1e-5, or refused by name."""
 
 import dataclasses
 
