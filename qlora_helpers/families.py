@@ -33,8 +33,8 @@ def check_window(model_config: PreTrainedConfig, config: RunConfig) -> None:
 
 
 def check_family(model: PreTrainedModel, config: RunConfig) -> None:
-    """Raise ModelError unless `model` gives for two short rows in a packed batch the logits that the
-    library gives for each of them alone. From then on it runs packed batches.
+    """Raise ModelError unless `model` gives for two short rows in a packed batch the logits that
+    the library gives for each of them alone. From then on it runs packed batches.
 
     Args:
         model: a base model in eval mode, with the attention that the library chose for it.
@@ -77,8 +77,8 @@ def _problem(model: PreTrainedModel) -> str:
     difference = ((packed - own).norm() / own.norm()).item()
     if not difference <= _ROUNDING[model.dtype]:
         return (
-            f"the logits of two rows in one batch differ by {difference:.0%} from the library's own "
-            f"for each row alone, where rounding explains {_ROUNDING[model.dtype]:.2%}"
+            f"the logits of two rows in one batch differ by {difference:.0%} from the library's "
+            f"own for each row alone, where rounding explains {_ROUNDING[model.dtype]:.2%}"
         )
     for name, parameter in model.base_model.layers.named_parameters():
         if parameter.dim() > 2:  # the experts of a mixture

@@ -136,7 +136,7 @@ def rows() -> list[list[int]]:
 
 
 def save_tiny(family: str, choices: dict, folder) -> str:
-    """A random model of `family`, whose weights are large enough for every part of it to be felt."""
+    """Write a random model of `family`, with weights so large that every part of it is felt."""
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this Transformers has no family {family!r}")
     fields = {name: value for name, value in (TINY | choices).items() if value is not None}
