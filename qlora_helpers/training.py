@@ -25,7 +25,6 @@ from qlora_helpers.modeling import compute_dtype, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
 from qlora_helpers.resuming import ResumableTrainer
 from qlora_helpers.scoring import label_logits, label_probabilities
-from qlora_helpers.widgets import LossPanel
 from qlora_helpers.workspace import Workspace
 
 NOTEBOOK = "03_qlora_training"
@@ -348,8 +347,9 @@ class LabelTrainer(ResumableTrainer):
         )
         return max(filter(None, (peak, self._peak_before)), default=None)
 
-    def fit(self, workspace: Workspace, panel: LossPanel | None = None) -> dict:
-        """Train, write adapter/ (of the best epoch) and training.json to `workspace`, and return the loss history, shown in `panel`.
+    def fit(self, workspace: Workspace, panel=None) -> dict:
+        """Train, write adapter/ (of the best epoch) and training.json to `workspace`, and return the loss history, shown in `panel`:
+        a LossPanel, or any object with its `live`, `show` and `load`.
 
         A training that was stopped goes on from its newest complete checkpoint, to the result that it would have had. A finished
         training with this very config and subset is not repeated; one with other settings is kept in earlier/. Raises TrainingStopped
@@ -365,7 +365,7 @@ class LabelTrainer(ResumableTrainer):
             panel.load()
         return history
 
-    def _fit(self, workspace: Workspace, panel: LossPanel | None) -> dict:
+    def _fit(self, workspace: Workspace, panel) -> dict:
         workspace.fingerprints(
             "02_data_subset"
         )  # still those that the rows in memory were read from
