@@ -10,14 +10,14 @@ import numpy as np
 import pandas as pd
 
 from qlora_helpers.plots import X_AXES, loss_curves
-from qlora_helpers.workspace import Workspace
 
 
 class LossPanel(ipw.VBox):
     """The losses of `LabelTrainer.fit`, live while it trains, and afterwards with sliders: smoothing, the x axis, a logarithmic scale,
-    and the earlier runs of the workspace to compare with. `cost` is the seconds that its pictures took."""
+    and the earlier runs of the workspace (any object with its `read_json` and `earlier_json`) to compare with. `cost` is the seconds
+    that its pictures took."""
 
-    def __init__(self, workspace: Workspace):
+    def __init__(self, workspace):
         self.workspace, self.history, self._earlier = workspace, None, {}
         self.cost, self._last, self._start = 0.0, 0.0, time.perf_counter()
         self.status, self.picture = (
