@@ -8,7 +8,7 @@ import ipywidgets as ipw
 import pandas as pd
 
 from qlora_helpers.classifier import HeadlineClassifier
-from qlora_helpers.headline_panel import escape
+from qlora_helpers.markup import escape
 from qlora_helpers.text_table import NO_TEXT, classify_file, split_lines
 
 

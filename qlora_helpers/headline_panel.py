@@ -1,6 +1,5 @@
 """The headline panel of 05: type a text, see its labels. Core ipywidgets alone, which work in 7.7 (Colab) and 8.1."""
 
-import html
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -10,6 +9,7 @@ import numpy as np
 
 from qlora_helpers.classifier import MOST_WORDS, HeadlineClassifier
 from qlora_helpers.cleaning import tidy_text
+from qlora_helpers.markup import escape
 from qlora_helpers.plots import label_colours
 
 EXAMPLES = (
@@ -165,9 +165,3 @@ def _bars(labels: Sequence[str], probabilities: np.ndarray) -> str:
 
 def _shorten(text: str) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + f" ... ({len(text):,} characters)"
-
-
-def escape(text: str) -> str:
-    return html.escape(
-        text.encode(errors="replace").decode()
-    )  # half a surrogate pair could not be sent to the browser
