@@ -2,14 +2,14 @@
 
 import json
 import math
+import stat
 from pathlib import Path
 
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from qlora_helpers.errors import ModelError
-from qlora_helpers.files import ordinary, read_file, reason
+from qlora_helpers.errors import ModelError, reason
 
 _CODE = {
     ".bin",
@@ -64,9 +64,9 @@ def _check(model: PreTrainedModel, folder: Path) -> None:
             raise ValueError(
                 f"it holds {path.name}, where adapter_config.json and adapter_model.safetensors are all that is wanted"
             )
-    if ordinary(folder / "adapter_config.json") > 2**20:
+    if _size(folder / "adapter_config.json") > 2**20:
         raise ValueError("adapter_config.json is longer than a mebibyte")
-    config = json.loads(read_file(folder / "adapter_config.json"))
+    config = json.loads((folder / "adapter_config.json").read_bytes())
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError("adapter_config.json is not of LoRA")
     plain = json.loads(
@@ -115,7 +115,7 @@ def _check(model: PreTrainedModel, folder: Path) -> None:
             }
     if not expected:
         raise ValueError(f"the base model has no layers named {str(targets)[:80]}")
-    ordinary(folder / "adapter_model.safetensors")
+    _size(folder / "adapter_model.safetensors")
     with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
         names = set(tensors.keys())
         if odd := sorted(names ^ expected.keys()):
@@ -132,3 +132,11 @@ def _plain(value):
     return (
         value if isinstance(value, (str, int, float, bool, dict, list, type(None))) else str(value)
     )
+
+
+def _size(path: Path) -> int:
+    """Return the bytes of a file. Raises ValueError for anything else in its place: a pipe would be waited for."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("Not an ordinary file")
+    return status.st_size
