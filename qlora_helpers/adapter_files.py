@@ -1,22 +1,15 @@
-"""What an adapter's folder holds beside its weights, so that it can be used away from its run; where to find one; one to take along."""
+"""What an adapter's folder holds beside its weights, so that it can be used away from its run; where to find one."""
 
-import io
 import json
 import math
 import os
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save
-
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError
-from qlora_helpers.files import write_file
 from qlora_helpers.hub import fetch
 from qlora_helpers.prompts import TEMPLATE
-from qlora_helpers.workspace import Workspace, open_workspace
 
 SETTINGS, WEIGHTS = "qlora_config.json", "adapter_model.safetensors"
 _REMEDY = "Take the whole folder that notebooks/03_qlora_training.ipynb writes, or run that again."
@@ -95,32 +88,6 @@ def _adapter_files(names: Iterable[str]) -> list[str]:
     """What is read of an adapter; empty if it could not be used."""
     needed = {SETTINGS, "adapter_config.json", WEIGHTS}
     return sorted((needed | {"calibration.json"}) & set(names)) if needed <= set(names) else []
-
-
-def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:
-    """Write the adapter of `workspace` to the zip file `path`, its weights in float16: half the size, and all that
-    `HeadlineClassifier.from_adapter` needs once unpacked. Raises ModelError for weights that float16 cannot hold, WorkspaceError if the
-    file cannot be written."""
-    _, config = open_workspace("03_qlora_training", path=workspace.path)
-    folder, path = workspace / "adapter", Path(path)
-    weights = {
-        name: tensor.to(torch.float16).contiguous()
-        for name, tensor in load_file(folder / WEIGHTS).items()
-    }
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise ModelError(
-                f"{name} of {folder} holds values that float16 cannot: train again with a lower QLORA_LEARNING_RATE."
-            )
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr(WEIGHTS, save(weights, {"format": "pt"}))
-        file.writestr(SETTINGS, settings_json(config))
-        for name in ("adapter_config.json", "calibration.json", "README.md"):
-            if (folder / name).exists():
-                file.write(folder / name, name)
-    write_file(path, packed.getvalue())
-    return path
 
 
 def _read_json(path: Path) -> dict:
