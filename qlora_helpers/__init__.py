@@ -60,7 +60,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     # 05_inference
     "classifier": ("HeadlineClassifier",),
     "text_table": ("classify_file",),
-    "merging": ("export_adapter", "merge_adapter", "merged_bytes"),
+    "export": ("export_adapter", "merge_adapter", "merged_bytes"),
     # figures and panels
     "plots": (),
     "widgets": ("ErrorExplorer", "LossPanel", "review_table"),

@@ -13,7 +13,7 @@ from qlora_helpers.batching import checkpoint_layers
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.merging import merge_adapter
+from qlora_helpers.export import merge_adapter
 from qlora_helpers.modeling import attach_lora, load_adapter, load_base_model, save_adapter
 from qlora_helpers.scoring import _label_logits_after, _read_prefix, label_logits
 
