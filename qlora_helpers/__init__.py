@@ -22,7 +22,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "workspace": ("Workspace", "open_workspace"),
     "files": ("write_text",),
     # 02_data_subset
-    "cleaning": ("clean_text",),
+    "texts": ("clean_text",),
     "data": ("SPLITS", "draw_subset", "load_rows", "text_rules"),
     "prompts": (
         "build_prompt",

@@ -13,11 +13,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qlora_helpers.adapter_files import find_adapter, read_settings, read_temperature
-from qlora_helpers.cleaning import tidy_text
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import DataError, ModelError, QLoraError
 from qlora_helpers.modeling import load_adapter, load_base_model, load_tokenizer
 from qlora_helpers.scoring import label_probabilities
+from qlora_helpers.texts import tidy_text
 from qlora_helpers.workspace import open_workspace
 
 MOST_WORDS = 40  # of a text whose words are left out one by one: a forward pass each

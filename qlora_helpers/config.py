@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_helpers.csv_rows import MOST_LABELS, is_labelled_csv, read_labelled_csv
 from qlora_helpers.errors import ConfigError
+from qlora_helpers.texts import MOST_LABELS, is_labelled_csv, read_labelled_csv
 
 AG_NEWS = "fancyzhx/ag_news"
 SAMPLE = "sample"

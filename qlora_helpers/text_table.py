@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from qlora_helpers.classifier import HeadlineClassifier
-from qlora_helpers.cleaning import clean_text
 from qlora_helpers.errors import DataError
+from qlora_helpers.texts import clean_text
 
 NO_TEXT = "(no text)"  # stands where a label would, in a row without one
 _LAYOUT = (

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import stages
 from IPython.core.interactiveshell import InteractiveShell
-from test_csv_rows import TEN, ten_labels
+from test_labelled_csv import TEN, ten_labels
 from traitlets.config import Config
 
 from qlora_helpers import LABELS, reliability, with_temperature

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from qlora_helpers.config import RunConfig
-from qlora_helpers.csv_rows import read_labelled_csv
 from qlora_helpers.data import SPLITS, draw_subset, load_rows, text_rules
 from qlora_helpers.errors import ConfigError, DataError
+from qlora_helpers.texts import read_labelled_csv
 
 TEN = [
     "sci.space",
