@@ -58,8 +58,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "curve": ("learning_curve", "tfidf_classifier"),
     "card": ("model_card",),
     # 05_inference
-    "classifier": ("HeadlineClassifier",),
-    "text_table": ("classify_file",),
+    "classifier": ("HeadlineClassifier", "classify_file"),
     "export": ("export_adapter", "merge_adapter", "merged_bytes"),
     # figures and panels
     "plots": (),

@@ -7,9 +7,8 @@ from pathlib import Path
 import ipywidgets as ipw
 import pandas as pd
 
-from qlora_helpers.classifier import HeadlineClassifier
+from qlora_helpers.classifier import NO_TEXT, HeadlineClassifier, classify_file, split_lines
 from qlora_helpers.markup import escape
-from qlora_helpers.text_table import NO_TEXT, classify_file, split_lines
 
 
 class FilePanel(ipw.VBox):

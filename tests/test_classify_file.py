@@ -3,8 +3,8 @@ import pandas as pd
 import pytest
 
 from qlora_helpers import LABELS, classify_file
+from qlora_helpers.classifier import read_texts
 from qlora_helpers.errors import DataError
-from qlora_helpers.text_table import read_texts
 
 NEW = ["label", "confidence", *(f"P({label})" for label in LABELS)]
 
