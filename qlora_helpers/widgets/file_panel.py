@@ -8,7 +8,7 @@ import ipywidgets as ipw
 import pandas as pd
 
 from qlora_helpers.classifier import NO_TEXT, HeadlineClassifier, classify_file, split_lines
-from qlora_helpers.markup import escape
+from qlora_helpers.widgets.markup import escape
 
 
 class FilePanel(ipw.VBox):

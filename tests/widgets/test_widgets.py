@@ -25,8 +25,8 @@ from qlora_helpers import (
     Workspace,
     label_probabilities,
     review_table,
-    widgets,
 )
+from qlora_helpers.widgets import loss_panel
 
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
 SCRIPT = 'Profit & <script>alert(1)</script> <img src=x onerror=alert(1)> "loss" 3 < 5'
@@ -414,7 +414,7 @@ def test_the_loss_panel_reads_a_finished_training_and_redraws_at_each_control(lo
 def test_the_loss_panel_takes_less_than_a_fiftieth_of_the_time(losses, monkeypatch):
     """By a clock that goes on by 3 s with each picture, and by 1 s with each step between them."""
     now, draw = 1000.0, losses.draw
-    monkeypatch.setattr(widgets, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(loss_panel, "time", SimpleNamespace(perf_counter=lambda: now))
 
     def slow_draw():
         nonlocal now

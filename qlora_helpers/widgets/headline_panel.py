@@ -8,9 +8,9 @@ import ipywidgets as ipw
 import numpy as np
 
 from qlora_helpers.classifier import MOST_WORDS, HeadlineClassifier
-from qlora_helpers.markup import escape
 from qlora_helpers.plots import label_colours
 from qlora_helpers.texts import tidy_text
+from qlora_helpers.widgets.markup import escape
 
 EXAMPLES = (
     "Chip maker warns that profit will miss forecasts",

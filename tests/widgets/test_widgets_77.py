@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NEEDED = ["ipywidgets==7.7.1", "ipython_genutils==0.2.0"]  # the rest of what it imports is here
 
 
@@ -56,7 +56,7 @@ def test_the_panels_under_ipywidgets_77(environment):
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/test_widgets.py",
+        "tests/widgets/test_widgets.py",
     ]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
