@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from qlora_helpers.adapter_files import find_adapter, read_settings, read_temperature
+from qlora_helpers.adapter import find_adapter, read_settings, read_temperature
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import DataError, ModelError, QLoraError
 from qlora_helpers.modeling import load_adapter, load_base_model, load_tokenizer

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save, save_file
 from tqdm import tqdm
 
-from qlora_helpers.adapter_files import SETTINGS, WEIGHTS, settings_json
+from qlora_helpers.adapter import SETTINGS, WEIGHTS, settings_json
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.errors import ModelError
 from qlora_helpers.files import cannot_write, nearest, write_file

@@ -23,8 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from qlora_helpers.adapter_files import SETTINGS, WEIGHTS, settings_json
-from qlora_helpers.adapters import check_adapter
+from qlora_helpers.adapter import SETTINGS, WEIGHTS, check_adapter, settings_json
 from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError

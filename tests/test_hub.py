@@ -30,7 +30,7 @@ import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from huggingface_hub import constants
 from qlora_helpers import HeadlineClassifier, hub
-from qlora_helpers.adapter_files import find_adapter
+from qlora_helpers.adapter import find_adapter
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import ModelError, QLoraError
