@@ -1,10 +1,10 @@
 """The 4-bit base model: where its checkpoint comes from, its compute dtype, and LoRA attached or read back."""
 
-import contextlib
 import importlib.util
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -165,8 +165,7 @@ def _checkpoint(base_model: str) -> Path:
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     """`model` with float32 LoRA layers beside its frozen weights. B starts at zero: outputs do not change (arXiv:2106.09685, 4.1)."""
     torch.manual_seed(seed)  # for the random A
-    with _peft():
-        return _checked(get_peft_model(model, lora))
+    return fused(get_peft_model, model, lora)
 
 
 def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
@@ -187,8 +186,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """`model`, from `load_base_model`, with the adapter that `save_adapter` wrote to `folder`, ready to score. Raises ModelError,
     before anything of it is loaded, for a folder that holds anything but plain LoRA weights of this base model."""
     check_adapter(model, Path(folder))
-    with _peft():
-        loaded = _checked(PeftModel.from_pretrained(model, folder)).eval()
+    loaded = fused(PeftModel.from_pretrained, model, folder).eval()
     _check_weights(loaded, Path(folder), "loaded")
     return loaded
 
@@ -212,13 +210,15 @@ def _check_weights(model: PeftModel, folder: Path, done: str) -> None:
             )
 
 
-@contextlib.contextmanager
-def _peft():
-    """Hide what a reader cannot act on, and turn PEFT's refusal of an old torchao into a ModelError with the remedy."""
+def fused(wrap: Callable[..., PeftModel], *args) -> PeftModel:
+    """Return the PEFT model that `wrap(*args)` makes, with its layers fused.
+
+    It hides what a reader cannot act on. Raises ModelError with the remedy where PEFT refuses an old torchao.
+    """
     try:
         with warnings.catch_warnings():  # PEFT calls what Transformers renames
             warnings.simplefilter("ignore", FutureWarning)
-            yield
+            model = wrap(*args)
     except ImportError as error:
         if "torchao" not in str(error):
             raise
@@ -227,9 +227,6 @@ def _peft():
             f"PEFT cannot put LoRA beside a layer that is not in 4 bits while this torchao is installed ({error}). Nothing "
             "here needs torchao: run %pip uninstall -y torchao, then Runtime > Restart session and run all."
         ) from error
-
-
-def _checked(model: PeftModel) -> PeftModel:
     kinds = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
     assert kinds == {torch.float32}, (
         f"LoRA weights are {kinds}: the optimizer and the float16 scaler need float32"
