@@ -35,11 +35,10 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "modeling": (
         "attach_lora",
         "compute_dtype",
-        "load_adapter",
         "load_base_model",
         "load_tokenizer",
-        "save_adapter",
     ),
+    "adapter": ("load_adapter", "save_adapter"),
     "batching": ("BatchPlan", "plan_batches"),
     "training": ("LabelTrainer", "what_validation_says"),
     "scoring": ("check_same_adapter", "label_logits", "label_probabilities"),

@@ -1,20 +1,24 @@
-"""An adapter's folder: what it holds beside the weights, so that it can be used away from its run; where to find one; and what it may
-hold, looked at before anything of it is loaded."""
+"""An adapter's folder: written, found, checked before anything of it is loaded, and read."""
 
 import json
 import math
 import os
 import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError, reason
+from qlora_helpers.files import copy_folder, writing
 from qlora_helpers.hub import fetch
+from qlora_helpers.modeling import fused
 from qlora_helpers.prompts import TEMPLATE
 
 SETTINGS, WEIGHTS = "qlora_config.json", "adapter_model.safetensors"
@@ -44,6 +48,48 @@ _FREE = {
     "init_lora_weights",
 }  # the others must say what plain LoRA says
 _PREFIX = "base_model.model."
+
+
+def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
+    """Write the adapter to `folder` as safetensors, whole or not at all. It names the base model, not where this machine keeps it,
+    and `qlora_config.json` beside the weights says what else is needed to use it alone. Raises WorkspaceError if it cannot be written."""
+    model.peft_config["default"].base_model_name_or_path = config.base_model
+    with tempfile.TemporaryDirectory() as made, writing(folder):
+        model.save_pretrained(made, save_embedding_layers=False)
+        Path(made, "README.md").unlink(
+            missing_ok=True
+        )  # PEFT's is a form to fill in; 04 writes the model card
+        Path(made, SETTINGS).write_text(settings_json(config), encoding="utf-8")
+        copy_folder(Path(made), folder)
+        _check_weights(model, folder, "written")
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """`model`, from `load_base_model`, with the adapter that `save_adapter` wrote to `folder`, ready to score. Raises ModelError,
+    before anything of it is loaded, for a folder that holds anything but plain LoRA weights of this base model."""
+    check_adapter(model, Path(folder))
+    loaded = fused(PeftModel.from_pretrained, model, folder).eval()
+    _check_weights(loaded, Path(folder), "loaded")
+    return loaded
+
+
+def _check_weights(model: PeftModel, folder: Path, done: str) -> None:
+    """Raise ModelError unless `model` and the adapter in `folder` hold the same weights: PEFT only warns of one that it did not load."""
+    parameters = {
+        name.replace(".default.weight", ".weight"): p
+        for name, p in model.named_parameters()
+        if "lora_" in name
+    }
+    weights = load_file(folder / WEIGHTS)
+    for name in weights.keys() | parameters.keys():
+        if (
+            name not in weights
+            or name not in parameters
+            or not torch.equal(parameters[name].cpu(), weights[name].float())
+        ):
+            raise ModelError(
+                f"the adapter in {folder} was not {done} whole: {name} differs. Run notebooks/03_qlora_training.ipynb again."
+            )
 
 
 def settings_json(config: RunConfig) -> str:

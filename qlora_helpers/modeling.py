@@ -1,4 +1,4 @@
-"""The 4-bit base model: where its checkpoint comes from, its compute dtype, and LoRA attached or read back."""
+"""The 4-bit base model: where its checkpoint comes from, its compute dtype, and LoRA attached."""
 
 import importlib.util
 import os
@@ -12,7 +12,6 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,12 +22,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from qlora_helpers.adapter import SETTINGS, WEIGHTS, check_adapter, settings_json
 from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.families import check_family, check_window
-from qlora_helpers.files import copy_folder, writing
 from qlora_helpers.hub import checkpoint_files, fetch
 from qlora_helpers.lora import fuse_lora
 
@@ -166,48 +163,6 @@ def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftMode
     """`model` with float32 LoRA layers beside its frozen weights. B starts at zero: outputs do not change (arXiv:2106.09685, 4.1)."""
     torch.manual_seed(seed)  # for the random A
     return fused(get_peft_model, model, lora)
-
-
-def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
-    """Write the adapter to `folder` as safetensors, whole or not at all. It names the base model, not where this machine keeps it,
-    and `qlora_config.json` beside the weights says what else is needed to use it alone. Raises WorkspaceError if it cannot be written."""
-    model.peft_config["default"].base_model_name_or_path = config.base_model
-    with tempfile.TemporaryDirectory() as made, writing(folder):
-        model.save_pretrained(made, save_embedding_layers=False)
-        Path(made, "README.md").unlink(
-            missing_ok=True
-        )  # PEFT's is a form to fill in; 04 writes the model card
-        Path(made, SETTINGS).write_text(settings_json(config), encoding="utf-8")
-        copy_folder(Path(made), folder)
-        _check_weights(model, folder, "written")
-
-
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """`model`, from `load_base_model`, with the adapter that `save_adapter` wrote to `folder`, ready to score. Raises ModelError,
-    before anything of it is loaded, for a folder that holds anything but plain LoRA weights of this base model."""
-    check_adapter(model, Path(folder))
-    loaded = fused(PeftModel.from_pretrained, model, folder).eval()
-    _check_weights(loaded, Path(folder), "loaded")
-    return loaded
-
-
-def _check_weights(model: PeftModel, folder: Path, done: str) -> None:
-    """Raise ModelError unless `model` and the adapter in `folder` hold the same weights: PEFT only warns of one that it did not load."""
-    parameters = {
-        name.replace(".default.weight", ".weight"): p
-        for name, p in model.named_parameters()
-        if "lora_" in name
-    }
-    weights = load_file(folder / WEIGHTS)
-    for name in weights.keys() | parameters.keys():
-        if (
-            name not in weights
-            or name not in parameters
-            or not torch.equal(parameters[name].cpu(), weights[name].float())
-        ):
-            raise ModelError(
-                f"the adapter in {folder} was not {done} whole: {name} differs. Run notebooks/03_qlora_training.ipynb again."
-            )
 
 
 def fused(wrap: Callable[..., PeftModel], *args) -> PeftModel:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from qlora_helpers.adapter import save_adapter
 from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, free_memory
 from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.config import RunConfig
@@ -21,7 +22,7 @@ from qlora_helpers.drive_copy import within_drives_time
 from qlora_helpers.dropout import masks_of
 from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.metrics import scores
-from qlora_helpers.modeling import compute_dtype, save_adapter
+from qlora_helpers.modeling import compute_dtype
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
 from qlora_helpers.resuming import ResumableTrainer
 from qlora_helpers.scoring import label_logits, label_probabilities

@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
+from qlora_helpers.adapter import load_adapter, save_adapter
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.modeling import attach_lora, load_adapter, load_base_model, save_adapter
+from qlora_helpers.modeling import attach_lora, load_base_model
 
 
 @pytest.fixture(scope="module")
