@@ -39,8 +39,8 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
         "load_tokenizer",
     ),
     "adapter": ("load_adapter", "save_adapter"),
-    "batching": ("BatchPlan", "plan_batches"),
-    "training": ("LabelTrainer", "what_validation_says"),
+    "batching": ("BatchPlan",),
+    "training": ("LabelTrainer", "plan_batches", "what_validation_says"),
     "scoring": ("check_same_adapter", "label_logits", "label_probabilities"),
     # 04_evaluation
     "metrics": (

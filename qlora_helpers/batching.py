@@ -5,17 +5,14 @@ import ctypes
 import gc
 import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import psutil
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
-from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.prompts import encode_prompts, label_token_ids
-from qlora_helpers.scoring import label_logits
 
 _SHARE = 0.9  # of the free memory: the rest is for what a probe does not see, the optimizer's state and fragmentation
 
@@ -39,23 +36,15 @@ class BatchPlan:
         return max(0, layers - self.kept_activations // tokens)
 
 
-def plan_batches(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig
-) -> BatchPlan:
-    """The largest micro-batch, and then as few checkpointed layers, as let the longest of `texts` train in the free memory.
-    On a GPU found by running such a step, on a CPU by what one row keeps. Raises ModelError if a single row does not fit."""
-    return plan_encoded(
-        model,
-        encode_prompts(tokenizer, texts, config.max_length),
-        label_token_ids(tokenizer, config.labels),
-        config.effective_batch_size,
-    )
-
-
 def plan_encoded(
-    model: PeftModel, encoded: list[list[int]], label_ids: list[int], effective_batch_size: int
+    model: PeftModel,
+    encoded: list[list[int]],
+    forward: Callable[[list[list[int]]], torch.Tensor],
+    effective_batch_size: int,
 ) -> BatchPlan:
-    """`plan_batches` for prompts that are already token ids."""
+    """The largest micro-batch, and then as few checkpointed layers, as let the longest of the `encoded` prompts train in the free memory.
+    On a GPU found by running such a step: the gradients of `forward(rows).sum()`, on a CPU by what one row keeps. Raises ModelError if a
+    single row does not fit."""
     encoded = sorted(encoded, key=len)[-effective_batch_size:]
     sizes = [
         size for size in range(effective_batch_size, 0, -1) if effective_batch_size % size == 0
@@ -69,11 +58,11 @@ def plan_encoded(
     for size in sizes:
         rows = encoded[-size:]
         tokens = sum(map(len, rows))
-        least = probe(model, rows, label_ids, 0)
+        least = probe(model, rows, forward, 0)
         if least is None or least > limit:
             continue
         few = max(1, layers // 8)
-        more = probe(model, rows, label_ids, few)
+        more = probe(model, rows, forward, few)
         kept = (
             0
             if more is None
@@ -81,7 +70,7 @@ def plan_encoded(
             if more <= least
             else min(layers, int((limit - least) / (more - least) * few))
         )
-        while kept and ((peak := probe(model, rows, label_ids, kept)) is None or peak > limit):
+        while kept and ((peak := probe(model, rows, forward, kept)) is None or peak > limit):
             kept -= max(1, kept // 8)
         peak = peak if kept else least
         # a batch of shorter rows has room for the activations of more layers
@@ -118,7 +107,7 @@ def free_gpu_bytes() -> float:
     )
 
 
-def _probe_gpu(model, rows, label_ids, kept_layers) -> int | None:
+def _probe_gpu(model, rows, forward, kept_layers) -> int | None:
     """Peak reserved bytes of a step over `rows`, or None if it runs out of memory."""
     was_training = model.training
     model.train()
@@ -126,7 +115,7 @@ def _probe_gpu(model, rows, label_ids, kept_layers) -> int | None:
     free_memory()
     torch.cuda.reset_peak_memory_stats()
     try:
-        label_logits(model, rows, label_ids).sum().backward()
+        forward(rows).sum().backward()
         return torch.cuda.max_memory_reserved()
     except torch.OutOfMemoryError:
         return None
@@ -137,7 +126,7 @@ def _probe_gpu(model, rows, label_ids, kept_layers) -> int | None:
         free_memory()
 
 
-def _probe_cpu(model, rows, label_ids, kept_layers) -> int:
+def _probe_cpu(model, rows, forward, kept_layers) -> int:
     """An estimate of the bytes that a step over `rows` needs: what the longest row keeps for backward, and half as much to work in."""
     sizes = {}
 
@@ -146,7 +135,7 @@ def _probe_cpu(model, rows, label_ids, kept_layers) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        label_logits(model, rows[-1:], label_ids)
+        forward(rows[-1:])
     frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = (
         sum(size for pointer, size in sizes.items() if pointer not in frozen)

@@ -15,7 +15,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.adapter import save_adapter
-from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, free_memory
+from qlora_helpers.batching import (
+    BatchPlan,
+    checkpoint_layers,
+    decoder_layers,
+    free_memory,
+    plan_encoded,
+)
 from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.config import RunConfig
 from qlora_helpers.drive_copy import within_drives_time
@@ -35,6 +41,20 @@ def _one_gpu(args: TrainingArguments) -> TrainingArguments:
     """Return `args` for one GPU, whatever is visible: the Trainer would multiply the batch by the number of GPUs."""
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def plan_batches(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig
+) -> BatchPlan:
+    """The largest micro-batch, and then as few checkpointed layers, as let the longest of `texts` train in the free memory.
+    On a GPU found by running such a step, on a CPU by what one row keeps. Raises ModelError if a single row does not fit."""
+    label_ids = label_token_ids(tokenizer, config.labels)
+    return plan_encoded(
+        model,
+        encode_prompts(tokenizer, texts, config.max_length),
+        lambda rows: label_logits(model, rows, label_ids),
+        config.effective_batch_size,
+    )
 
 
 def what_validation_says(history: dict) -> str:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from qlora_helpers import batching
-from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, plan_batches
+from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers
 from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, load_base_model
+from qlora_helpers.scoring import label_logits
+from qlora_helpers.training import plan_batches
 
 TEXTS = ["rain stops play " * n for n in range(1, 30)]
 
@@ -34,7 +35,7 @@ def test_the_first_layers_are_checkpointed_and_give_the_same_gradients(model, to
             i < count for i in range(2)
         ]
         torch.manual_seed(0)
-        batching.label_logits(model, tokenizer(TEXTS[:3])["input_ids"], [1, 2, 3]).sum().backward()
+        label_logits(model, tokenizer(TEXTS[:3])["input_ids"], [1, 2, 3]).sum().backward()
         found = [p.grad.clone() for p in model.parameters() if p.requires_grad]
         model.zero_grad()
         return found

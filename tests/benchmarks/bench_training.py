@@ -25,6 +25,7 @@ import resource
 import statistics
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -127,7 +128,9 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
         logits = plain_logits
     try:
         if kept == "plan":
-            plan = batching.plan_encoded(model, prompts, label_ids, size)
+            plan = batching.plan_encoded(
+                model, prompts, partial(scoring.label_logits, model, label_ids=label_ids), size
+            )
             result["plan"] = vars(plan)
         else:
             named = {"all": len(batching.decoder_layers(model)) * 10**6, "none": 0}
