@@ -32,7 +32,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
         "label_words",
     ),
     # 03_qlora_training
-    "modeling": (
+    "model": (
         "attach_lora",
         "compute_dtype",
         "load_base_model",

@@ -18,7 +18,7 @@ from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError, reason
 from qlora_helpers.files import copy_folder, writing
 from qlora_helpers.hub import fetch
-from qlora_helpers.modeling import fused
+from qlora_helpers.model import fused
 from qlora_helpers.prompts import TEMPLATE
 
 SETTINGS, WEIGHTS = "qlora_config.json", "adapter_model.safetensors"

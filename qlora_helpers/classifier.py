@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_helpers.adapter import find_adapter, load_adapter, read_settings, read_temperature
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import DataError, ModelError, QLoraError
-from qlora_helpers.modeling import load_base_model, load_tokenizer
+from qlora_helpers.model import load_base_model, load_tokenizer
 from qlora_helpers.scoring import label_probabilities
 from qlora_helpers.texts import clean_text, tidy_text
 from qlora_helpers.workspace import open_workspace

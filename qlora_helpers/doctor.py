@@ -26,7 +26,7 @@ from qlora_helpers.estimates import (
 )
 from qlora_helpers.files import nearest
 from qlora_helpers.hub_token import Token, needs_hub, use_token
-from qlora_helpers.modeling import compute_dtype
+from qlora_helpers.model import compute_dtype
 from qlora_helpers.reach import MISTRALS, reach
 from qlora_helpers.versions import check_versions
 from qlora_helpers.workspace import Workspace

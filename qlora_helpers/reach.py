@@ -19,7 +19,7 @@ from qlora_helpers.bounded import start
 from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, PROFILES, SAMPLE, RunConfig
 from qlora_helpers.data import parquet_files
 from qlora_helpers.hub import cached, checkpoint_files
-from qlora_helpers.modeling import find_embedded
+from qlora_helpers.model import find_embedded
 
 HUB_SECONDS = 10.0
 _ELSE = {

@@ -28,7 +28,7 @@ from qlora_helpers.drive_copy import within_drives_time
 from qlora_helpers.dropout import masks_of
 from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.metrics import scores
-from qlora_helpers.modeling import compute_dtype
+from qlora_helpers.model import compute_dtype
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
 from qlora_helpers.resuming import ResumableTrainer
 from qlora_helpers.scoring import label_logits, label_probabilities

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from qlora_helpers.adapter import save_adapter
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
-from qlora_helpers.modeling import attach_lora, load_base_model, load_tokenizer
+from qlora_helpers.model import attach_lora, load_base_model, load_tokenizer
 from qlora_helpers.workspace import Workspace, write_text
 
 # the embedded model in memory; and runs that the notebooks made with it

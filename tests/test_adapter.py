@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from qlora_helpers.adapter import load_adapter, save_adapter
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.modeling import attach_lora, load_base_model
+from qlora_helpers.model import attach_lora, load_base_model
 
 
 @pytest.fixture(scope="module")

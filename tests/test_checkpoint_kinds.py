@@ -24,7 +24,7 @@ from transformers import (
 
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.estimates import model_size
-from qlora_helpers.modeling import compute_dtype, load_base_model, load_tokenizer
+from qlora_helpers.model import compute_dtype, load_base_model, load_tokenizer
 from qlora_helpers.prompts import build_prompt, encode_prompts, label_token_ids, label_words
 from qlora_helpers.reach import reach
 from qlora_helpers.scoring import label_logits

@@ -32,7 +32,7 @@ from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.doctor import examine, findings_table, require_ok
 from qlora_helpers.errors import ConfigError, PreflightError
 from qlora_helpers.estimates import bytes_written, expected_plan, minutes, model_size, rows_on_cpu
-from qlora_helpers.modeling import embedded_checkpoint, load_base_model
+from qlora_helpers.model import embedded_checkpoint, load_base_model
 
 ROOT = Path(__file__).parents[1]
 T4 = RunConfig(profile="t4", **PROFILES["t4"])

@@ -15,7 +15,7 @@ from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.export import merge_adapter
-from qlora_helpers.modeling import attach_lora, load_base_model
+from qlora_helpers.model import attach_lora, load_base_model
 from qlora_helpers.scoring import _label_logits_after, _read_prefix, label_logits
 
 # bitsandbytes reads NF4 on a CPU rightly where a layer's inputs are a multiple of 64

@@ -19,7 +19,7 @@ from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.data import parquet_files
 from qlora_helpers.errors import ModelError
 from qlora_helpers.hub import ANSWER_SECONDS, SILENCE_SECONDS, checkpoint_files
-from qlora_helpers.modeling import load_tokenizer
+from qlora_helpers.model import load_tokenizer
 
 MODEL = PROFILES["t4"]["base_model"]
 ADAPTER = "adapters/news"
@@ -35,7 +35,7 @@ from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import ModelError, QLoraError
 from qlora_helpers.hub import checkpoint_files, fetch
-from qlora_helpers.modeling import load_base_model, load_tokenizer
+from qlora_helpers.model import load_base_model, load_tokenizer
 
 config = RunConfig(profile="t4", **PROFILES["t4"])
 calls = {

@@ -23,7 +23,7 @@ from qlora_helpers.adapter import load_adapter
 from qlora_helpers.batching import BatchPlan, decoder_layers
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.modeling import attach_lora, compute_dtype, load_base_model
+from qlora_helpers.model import attach_lora, compute_dtype, load_base_model
 from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
 from qlora_helpers.widgets import LossPanel

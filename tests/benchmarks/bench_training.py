@@ -31,7 +31,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from qlora_helpers import batching, modeling, scoring
+from qlora_helpers import batching, scoring
+from qlora_helpers import model as loading
 from qlora_helpers.config import RunConfig
 from qlora_helpers.dropout import masks_of
 from qlora_helpers.packing import use_packed_attention
@@ -75,12 +76,12 @@ def main() -> None:
     if args.force_t4:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        modeling.compute_dtype = lambda: (torch.float16, "asked for by --force-t4")
+        loading.compute_dtype = lambda: (torch.float16, "asked for by --force-t4")
     if torch.cuda.is_available():
         torch.zeros(1).cuda()  # CUDA's own share of the host memory comes before
     with HostMemory() as host:
         start = time.perf_counter()
-        base = modeling.load_base_model(
+        base = loading.load_base_model(
             RunConfig("cpu", args.checkpoint, "sample", 1, 1, 1, learning_rate=2e-4)
         )
         seconds = time.perf_counter() - start
@@ -119,7 +120,7 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    model = modeling.attach_lora(base, lora, seed=0).train()
+    model = loading.attach_lora(base, lora, seed=0).train()
     logits = scoring.label_logits
     if not fused:
         base.set_attn_implementation("sdpa")

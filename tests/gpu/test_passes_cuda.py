@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from qlora_helpers import passes
 from qlora_helpers.lora import fuse_lora
-from qlora_helpers.modeling import use_expandable_segments
+from qlora_helpers.model import use_expandable_segments
 from qlora_helpers.packing import use_packed_attention
 from qlora_helpers.scoring import label_logits
 

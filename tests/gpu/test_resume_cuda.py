@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from qlora_helpers import modeling, training
+from qlora_helpers import model as loading
+from qlora_helpers import training
 from qlora_helpers.batching import BatchPlan
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
@@ -55,7 +56,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def float16(monkeypatch):
-    for module in (modeling, training):
+    for module in (loading, training):
         monkeypatch.setattr(module, "compute_dtype", lambda: (torch.float16, "as on a T4"))
 
 

@@ -21,7 +21,7 @@ import qlora_helpers
 from qlora_helpers.adapter import load_adapter, save_adapter
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.modeling import attach_lora, compute_dtype, embedded_checkpoint, load_base_model
+from qlora_helpers.model import attach_lora, compute_dtype, embedded_checkpoint, load_base_model
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 from qlora_helpers.scoring import label_logits, label_probabilities
 
@@ -199,7 +199,7 @@ def test_a_saved_adapter_gives_the_same_probabilities_in_a_fresh_process(
 import json, sys
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.adapter import load_adapter
-from qlora_helpers.modeling import load_base_model, load_tokenizer
+from qlora_helpers.model import load_base_model, load_tokenizer
 from qlora_helpers.scoring import label_probabilities
 config = RunConfig.from_environment()
 model = load_adapter(load_base_model(config), sys.argv[1])
