@@ -39,7 +39,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
         "load_tokenizer",
     ),
     "adapter": ("load_adapter", "save_adapter"),
-    "batching": ("BatchPlan",),
+    "fast.plan": ("BatchPlan",),
     "training": ("LabelTrainer", "plan_batches", "what_validation_says"),
     "scoring": ("check_same_adapter", "label_logits", "label_probabilities"),
     # 04_evaluation

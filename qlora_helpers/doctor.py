@@ -12,7 +12,6 @@ from huggingface_hub import constants
 from pandas.io.formats.style import Styler
 from transformers import MistralConfig
 
-from qlora_helpers.batching import free_gpu_bytes
 from qlora_helpers.colab import on_colab, on_drive, without_drive
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import PreflightError
@@ -24,6 +23,7 @@ from qlora_helpers.estimates import (
     model_size,
     rows_on_cpu,
 )
+from qlora_helpers.fast.plan import free_gpu_bytes
 from qlora_helpers.files import nearest
 from qlora_helpers.hub_token import Token, needs_hub, use_token
 from qlora_helpers.model import compute_dtype

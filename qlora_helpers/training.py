@@ -15,18 +15,18 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.adapter import save_adapter
-from qlora_helpers.batching import (
+from qlora_helpers.checkpoints import Checkpoints
+from qlora_helpers.config import RunConfig
+from qlora_helpers.drive_copy import within_drives_time
+from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
+from qlora_helpers.fast.dropout import masks_of
+from qlora_helpers.fast.plan import (
     BatchPlan,
     checkpoint_layers,
     decoder_layers,
     free_memory,
     plan_encoded,
 )
-from qlora_helpers.checkpoints import Checkpoints
-from qlora_helpers.config import RunConfig
-from qlora_helpers.drive_copy import within_drives_time
-from qlora_helpers.dropout import masks_of
-from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.metrics import scores
 from qlora_helpers.model import compute_dtype
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words

@@ -8,8 +8,8 @@ from pathlib import Path
 import stages
 
 from qlora_helpers import label_probabilities, load_adapter, load_base_model, load_tokenizer
-from qlora_helpers.batching import free_memory
 from qlora_helpers.config import RunConfig
+from qlora_helpers.fast.plan import free_memory
 
 config = RunConfig.from_environment(
     train_size=8,

@@ -33,8 +33,8 @@ from qlora_helpers import (
     load_tokenizer,
     open_workspace,
 )
-from qlora_helpers.batching import BatchPlan
 from qlora_helpers.config import PROFILES
+from qlora_helpers.fast.plan import BatchPlan
 
 SETTINGS = {
     "train_size": 44,

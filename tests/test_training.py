@@ -18,11 +18,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora_helpers import passes, training
+from qlora_helpers import training
 from qlora_helpers.adapter import load_adapter
-from qlora_helpers.batching import BatchPlan, decoder_layers
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
+from qlora_helpers.fast import kernels
+from qlora_helpers.fast.plan import BatchPlan, decoder_layers
 from qlora_helpers.model import attach_lora, compute_dtype, load_base_model
 from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
@@ -447,8 +448,8 @@ def test_a_compiler_that_fails_costs_one_line_and_changes_no_loss(trained, monke
 
         return compiled
 
-    monkeypatch.setattr(passes, "_failure", None)
-    monkeypatch.setattr(passes, "_compiles", lambda x: True)
+    monkeypatch.setattr(kernels, "_failure", None)
+    monkeypatch.setattr(kernels, "_compiles", lambda x: True)
     monkeypatch.setattr(torch, "compile", failing)
     _, history, _ = trained()
     assert _losses(history) == _losses(expected) and _losses(history, "validation") == _losses(

@@ -8,11 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig
 
-from qlora_helpers.batching import checkpoint_layers, plan_encoded
-from qlora_helpers.dropout import masks_of
-from qlora_helpers.lora import fuse_lora
-from qlora_helpers.packing import use_packed_attention
-from qlora_helpers.passes import keep_mask, mix
+from qlora_helpers.fast.dropout import masks_of
+from qlora_helpers.fast.kernels import keep_mask, mix
+from qlora_helpers.fast.lora import fuse_lora
+from qlora_helpers.fast.packing import use_packed_attention
+from qlora_helpers.fast.plan import checkpoint_layers, plan_encoded
 from qlora_helpers.scoring import label_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenize
 
 from qlora_helpers import model as loading
 from qlora_helpers import training
-from qlora_helpers.batching import BatchPlan
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import TrainingStopped
+from qlora_helpers.fast.plan import BatchPlan
 from qlora_helpers.prompts import build_prompt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers
 from qlora_helpers.errors import ModelError
+from qlora_helpers.fast.plan import BatchPlan, checkpoint_layers, decoder_layers
 from qlora_helpers.model import attach_lora, load_base_model
 from qlora_helpers.scoring import label_logits
 from qlora_helpers.training import plan_batches

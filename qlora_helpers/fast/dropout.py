@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from qlora_helpers import passes
+from qlora_helpers.fast import kernels
 
 _keys = None  # of the tokens of the micro-batch in `masks_of`
 
@@ -32,7 +32,7 @@ def masks_of(
     lengths = torch.as_tensor(lengths)
     row = torch.as_tensor(rows, dtype=torch.int32).repeat_interleave(lengths)
     place = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
-    _keys = passes.mix(passes.mix(passes.mix(row) + start) + place).to(device)
+    _keys = kernels.mix(kernels.mix(kernels.mix(row) + start) + place).to(device)
     try:
         yield
     finally:
@@ -49,12 +49,12 @@ class RowDropout(nn.Dropout):
         self.number = number
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """(tokens,) int32, from which `passes.keep_mask` draws the mask of `x`."""
+        """(tokens,) int32, from which `kernels.keep_mask` draws the mask of `x`."""
         tokens = x.shape[:-1].numel()
         if _keys is not None and len(_keys) == tokens:
             return _keys + self.number * 0x9E3779B9 % 2**31  # far from each other's
         places = torch.arange(tokens, dtype=torch.int32, device=x.device)
-        return passes.mix(places) + int(torch.randint(2**31 - 1, ()))
+        return kernels.mix(places) + int(torch.randint(2**31 - 1, ()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Drop.apply(x, self.p, self.keys(x)) if self.training and self.p else x
@@ -64,7 +64,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rate, keys):
         ctx.rate, ctx.keys = rate, keys
-        return passes.drop(x.flatten(0, -2), rate, keys).view_as(x).div_(1 - rate)
+        return kernels.drop(x.flatten(0, -2), rate, keys).view_as(x).div_(1 - rate)
 
     @staticmethod
     @once_differentiable

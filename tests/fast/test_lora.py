@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
 
-from qlora_helpers.dropout import masks_of, use_row_dropout
-from qlora_helpers.lora import _Group, _linear, fuse_lora
-from qlora_helpers.packing import pack, use_packed_attention
+from qlora_helpers.fast.dropout import masks_of, use_row_dropout
+from qlora_helpers.fast.lora import _Group, _linear, fuse_lora
+from qlora_helpers.fast.packing import pack, use_packed_attention
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = [[5, 3, 9, 40, 7, 11], [8, 2], [33, 21, 6, 6], [50]]

@@ -12,9 +12,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
-from qlora_helpers import passes
-from qlora_helpers.dropout import RowDropout, use_row_dropout
-from qlora_helpers.packing import take
+from qlora_helpers.fast import kernels
+from qlora_helpers.fast.dropout import RowDropout, use_row_dropout
+from qlora_helpers.fast.packing import take
 
 _FAMILIES = ("Llama", "Mistral")  # whose attention and MLP compute what is computed here
 
@@ -298,7 +298,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, scale, rate, keys, x, *parameters):
         a, b = group.adapted(parameters, scale, x.dtype)
-        inner = passes.drop(x, rate, keys) @ a.T
+        inner = kernels.drop(x, rate, keys) @ a.T
         ctx.save_for_backward(x, inner, a, b)
         ctx.choices = group, scale, rate, keys
         return (inner @ b.T).addmm_(x, group.frozen(x.dtype).T)
@@ -309,7 +309,7 @@ class _Linear(torch.autograd.Function):
         (group, scale, rate, keys), (x, inner, a, b) = ctx.choices, ctx.saved_tensors
         grads_b = (grad.T @ inner).split(group.sizes)
         inner = grad @ b
-        grad_x, kept = passes.drop_backward(grad @ group.frozen(x.dtype), inner @ a, x, rate, keys)
+        grad_x, kept = kernels.drop_backward(grad @ group.frozen(x.dtype), inner @ a, x, rate, keys)
         return None, None, None, None, grad_x, *group.gradients(inner.T @ kept, grads_b, scale)
 
 
@@ -324,7 +324,7 @@ class _SwiGlu(torch.autograd.Function):
             pair.adapted(parameters[:4], scale, x.dtype),
             down.adapted(parameters[4:], down_scale, x.dtype),
         )
-        inner = passes.drop(x, rate, keys) @ a.T
+        inner = kernels.drop(x, rate, keys) @ a.T
         # one product each: the halves of a common one would not be contiguous, and every pass over them slower
         gate, up = (
             (inner @ rows.T).addmm_(x, weight.T)
@@ -332,7 +332,7 @@ class _SwiGlu(torch.autograd.Function):
                 b.split(pair.sizes), pair.frozen(x.dtype).split(pair.sizes), strict=True
             )
         )
-        hidden, kept = passes.swiglu(gate, up, down_rate, down_keys)
+        hidden, kept = kernels.swiglu(gate, up, down_rate, down_keys)
         down_inner = kept @ down_a.T
         ctx.save_for_backward(x, gate, up, inner, a, b, down_inner, down_a, down_b)
         ctx.choices = pair, down, scale, rate, keys, down_scale, down_rate, down_keys
@@ -345,7 +345,7 @@ class _SwiGlu(torch.autograd.Function):
         x, gate, up, inner, a, b, down_inner, down_a, down_b = ctx.saved_tensors
         grads_down_b = [grad.T @ down_inner]
         down_inner = grad @ down_b
-        grad_gate, grad_up, kept = passes.swiglu_backward(
+        grad_gate, grad_up, kept = kernels.swiglu_backward(
             grad @ down.frozen(x.dtype), down_inner @ down_a, gate, up, down_rate, down_keys
         )
         of_down = down.gradients(down_inner.T @ kept, grads_down_b, down_scale)
@@ -356,7 +356,7 @@ class _SwiGlu(torch.autograd.Function):
             pair.frozen(x.dtype).split(pair.sizes),
         )
         inner = (grad_gate @ gate_b).addmm_(grad_up, up_b)
-        grad_x, kept = passes.drop_backward(
+        grad_x, kept = kernels.drop_backward(
             (grad_gate @ gate_weight).addmm_(grad_up, up_weight), inner @ a, x, rate, keys
         )
         return *[None] * 8, grad_x, *pair.gradients(inner.T @ kept, grads_b, scale), *of_down
@@ -371,7 +371,7 @@ class _Heads(torch.autograd.Function):
     def forward(ctx, qkv, cos, sin, real, place, shape, block):
         ctx.save_for_backward(cos, sin, real)
         ctx.size, ctx.groups = block.head_dim, block.num_key_value_groups
-        made = passes.heads(qkv, cos[0], sin[0], place, ctx.size, ctx.groups)
+        made = kernels.heads(qkv, cos[0], sin[0], place, ctx.size, ctx.groups)
         return tuple(head.view(*shape, -1, ctx.size).transpose(1, 2) for head in made)
 
     @staticmethod
@@ -380,7 +380,7 @@ class _Heads(torch.autograd.Function):
         cos, sin, real = ctx.saved_tensors
         grads = [grad.transpose(1, 2).flatten(0, 1) for grad in grads]
         return (
-            passes.heads_backward(*grads, cos[0], sin[0], real, ctx.groups),
+            kernels.heads_backward(*grads, cos[0], sin[0], real, ctx.groups),
             None,
             None,
             None,

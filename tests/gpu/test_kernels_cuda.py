@@ -7,10 +7,10 @@ import torch
 from test_lora_cuda import checkpoint, gradients, lora_model  # noqa: F401 (checkpoint is a fixture)
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from qlora_helpers import passes
-from qlora_helpers.lora import fuse_lora
+from qlora_helpers.fast import kernels
+from qlora_helpers.fast.lora import fuse_lora
+from qlora_helpers.fast.packing import use_packed_attention
 from qlora_helpers.model import use_expandable_segments
-from qlora_helpers.packing import use_packed_attention
 from qlora_helpers.scoring import label_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -84,7 +84,7 @@ def test_a_compiler_that_fails_costs_one_line_and_no_result(model, monkeypatch, 
     def raising(*args, **kwargs):
         raise RuntimeError("no Triton for this card")
 
-    monkeypatch.setattr(passes, "_failure", None)
+    monkeypatch.setattr(kernels, "_failure", None)
     monkeypatch.setattr(triton, "compile", raising)
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qlora_helpers.dropout import RowDropout, masks_of, use_row_dropout
-from qlora_helpers.passes import keep_mask, mix
+from qlora_helpers.fast.dropout import RowDropout, masks_of, use_row_dropout
+from qlora_helpers.fast.kernels import keep_mask, mix
 
 LENGTHS = {3: 5, 0: 2, 7: 1, 12: 9}  # tokens by the row's number
 
