@@ -19,8 +19,8 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     # 01_setup
     "config": ("LABELS", "RunConfig"),
     "doctor": ("examine", "findings_table", "require_ok"),
-    "workspace": ("Workspace", "open_workspace"),
-    "files": ("write_text",),
+    "run.workspace": ("Workspace", "open_workspace"),
+    "run.files": ("write_text",),
     # 02_data_subset
     "cleaning": ("clean_text",),
     "data": ("SPLITS", "draw_subset", "load_rows", "text_rules"),

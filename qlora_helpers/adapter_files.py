@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save
 
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError
-from qlora_helpers.files import write_file
 from qlora_helpers.hub import fetch
 from qlora_helpers.prompts import TEMPLATE
-from qlora_helpers.workspace import Workspace, open_workspace
+from qlora_helpers.run.files import write_file
+from qlora_helpers.run.workspace import Workspace, open_workspace
 
 SETTINGS, WEIGHTS = "qlora_config.json", "adapter_model.safetensors"
 _REMEDY = "Take the whole folder that notebooks/03_qlora_training.ipynb writes, or run that again."

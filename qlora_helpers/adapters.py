@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from qlora_helpers.errors import ModelError
-from qlora_helpers.files import ordinary, read_file, reason
+from qlora_helpers.run.files import ordinary, read_file, reason
 
 _CODE = {
     ".bin",

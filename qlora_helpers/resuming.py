@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
-from qlora_helpers.files import reason
+from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.files import reason
 
 
 class _Due(TrainerCallback):

@@ -15,18 +15,18 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, free_memory
-from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.config import RunConfig
-from qlora_helpers.drive_copy import within_drives_time
 from qlora_helpers.dropout import masks_of
 from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.metrics import scores
 from qlora_helpers.modeling import compute_dtype, save_adapter
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
 from qlora_helpers.resuming import ResumableTrainer
+from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.drive_copy import within_drives_time
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.scoring import label_logits, label_probabilities
 from qlora_helpers.widgets import LossPanel
-from qlora_helpers.workspace import Workspace
 
 NOTEBOOK = "03_qlora_training"
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from qlora_helpers.plots import X_AXES, loss_curves
-from qlora_helpers.workspace import Workspace
+from qlora_helpers.run.workspace import Workspace
 
 
 class LossPanel(ipw.VBox):

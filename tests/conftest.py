@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.modeling import attach_lora, load_base_model, load_tokenizer, save_adapter
-from qlora_helpers.workspace import Workspace, write_text
+from qlora_helpers.run.workspace import Workspace, write_text
 
 # the embedded model in memory; and runs that the notebooks made with it
 REAL_MODEL = {"base", "notebook_workspace", "run_folder"}

@@ -14,10 +14,12 @@ import pytest
 import stages
 import torch
 
-from qlora_helpers import LossPanel, Workspace, checkpoints, colab, training
-from qlora_helpers.checkpoints import Checkpoints
+from qlora_helpers import LossPanel, Workspace, training
+from qlora_helpers.colab import drive as colab
 from qlora_helpers.errors import ModelError, QLoraError, TrainingStopped, WorkspaceError
-from qlora_helpers.files import sealed, sha256, unsealed
+from qlora_helpers.run import checkpoints
+from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.files import sealed, sha256, unsealed
 
 HANGING = 300  # seconds after which a test that waits for an event fails
 
@@ -489,7 +491,7 @@ def test_two_notebooks_in_one_workspace(prepared, workspace):
 
 def test_a_folder_without_locks_is_no_obstacle(workspace, monkeypatch, capsys):
     monkeypatch.setattr(
-        "qlora_helpers.lock.fcntl.flock",
+        "qlora_helpers.run.lock.fcntl.flock",
         lambda *args: (_ for _ in ()).throw(OSError(95, "Operation not supported")),
     )
     Workspace(workspace).write("note", "x")

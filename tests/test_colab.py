@@ -16,19 +16,12 @@ import stages
 from huggingface_hub import constants
 from huggingface_hub.utils import _auth
 
-from qlora_helpers import (
-    RunConfig,
-    Workspace,
-    colab,
-    drive_copy,
-    hub_token,
-    open_workspace,
-    run_folder,
-    training,
-)
+from qlora_helpers import RunConfig, Workspace, hub_token, open_workspace, training
+from qlora_helpers.colab import drive as colab
 from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.errors import ConfigError, TrainingStopped, WorkspaceError
 from qlora_helpers.hub_token import use_token
+from qlora_helpers.run import drive_copy, run_folder
 
 SECRET = "hf_" + "Secret" * 5
 LONG = 300  # seconds: what answers does so in time, on a busy machine too

@@ -13,8 +13,8 @@ import pytest
 import stages
 
 from qlora_helpers.errors import QLoraError, TrainingStopped
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.widgets import LossPanel
-from qlora_helpers.workspace import Workspace
 
 RUNS = {
     "01_setup": lambda config: stages.set_up(config),

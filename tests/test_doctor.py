@@ -27,7 +27,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from qlora_helpers import RunConfig, Workspace, colab, doctor, hub_token, reach, versions
+from qlora_helpers import RunConfig, Workspace, doctor, hub_token, reach, versions
+from qlora_helpers.colab import drive as colab
 from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.doctor import examine, findings_table, require_ok
 from qlora_helpers.errors import ConfigError, PreflightError

@@ -23,10 +23,10 @@ from qlora_helpers.batching import BatchPlan, decoder_layers
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model
+from qlora_helpers.run.workspace import Workspace, write_text
 from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
 from qlora_helpers.widgets import LossPanel
-from qlora_helpers.workspace import Workspace, write_text
 
 CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 TOLERANCE = 1e-5 if compute_dtype()[0] == torch.float32 else 0.03

@@ -7,8 +7,8 @@ import pytest
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ConfigError, WorkspaceError
-from qlora_helpers.files import write_text
-from qlora_helpers.workspace import Workspace, open_workspace
+from qlora_helpers.run.files import write_text
+from qlora_helpers.run.workspace import Workspace, open_workspace
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import importlib.util
 import os
 from pathlib import Path
 
-from qlora_helpers.bounded import bounded
+from qlora_helpers.colab.machine import bounded
 from qlora_helpers.config import drive_wanted
 from qlora_helpers.errors import reason
 

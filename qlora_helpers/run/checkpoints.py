@@ -13,10 +13,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from qlora_helpers.colab import on_drive
-from qlora_helpers.drive_copy import within_drives_time
+from qlora_helpers.colab.drive import on_drive
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import (
+from qlora_helpers.run.drive_copy import within_drives_time
+from qlora_helpers.run.files import (
     FAILURES,
     copy_folder,
     put_in_place,

@@ -9,11 +9,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_helpers.bounded import bounded
-from qlora_helpers.colab import check_mounted, on_drive
+from qlora_helpers.colab.drive import check_mounted, on_drive
+from qlora_helpers.colab.machine import bounded
 from qlora_helpers.config import project_folder
 from qlora_helpers.errors import WorkspaceError, reason
-from qlora_helpers.files import read_file, write_file
+from qlora_helpers.run.files import read_file, write_file
 
 _NOT_OF_DRIVE = {
     errno.ENOENT,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qlora_helpers.colab import check_mounted
+from qlora_helpers.colab.drive import check_mounted
 from qlora_helpers.errors import WorkspaceError, reason
 
 FAILURES = (

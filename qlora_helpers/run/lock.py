@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import cannot_write, reason
+from qlora_helpers.run.files import cannot_write, reason
 
 
 class Lock:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from qlora_helpers.colab import on_drive
+from qlora_helpers.colab.drive import on_drive
 from qlora_helpers.config import project_folder
-from qlora_helpers.drive_copy import DriveCopy, copy_back, drive_failure, within_drives_time
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import make_folder, write_file, writing
-from qlora_helpers.lock import Lock
+from qlora_helpers.run.drive_copy import DriveCopy, copy_back, drive_failure, within_drives_time
+from qlora_helpers.run.files import make_folder, write_file, writing
+from qlora_helpers.run.lock import Lock
 
 
 class RunFolder:

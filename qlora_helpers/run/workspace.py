@@ -8,11 +8,12 @@ import time
 from functools import partial
 from pathlib import Path
 
-from qlora_helpers.colab import ask_for_drive, my_drive, on_colab, on_drive, without_drive
+from qlora_helpers.colab.drive import ask_for_drive, my_drive, on_colab, on_drive, without_drive
 from qlora_helpers.config import RunConfig, default_profile, project_folder
-from qlora_helpers.drive_copy import copy_back, drive_failure, within_drives_time
 from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.files import (
+from qlora_helpers.hub_token import use_token
+from qlora_helpers.run.drive_copy import copy_back, drive_failure, within_drives_time
+from qlora_helpers.run.files import (
     cannot_write,
     flush,
     read_file,
@@ -22,8 +23,7 @@ from qlora_helpers.files import (
     unsealed,
     write_text,
 )
-from qlora_helpers.hub_token import use_token
-from qlora_helpers.run_folder import RunFolder
+from qlora_helpers.run.run_folder import RunFolder
 
 _PACKAGES = [
     "torch",
