@@ -19,7 +19,8 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     # 01_setup
     "config": ("LABELS", "RunConfig"),
     "doctor": ("examine", "findings_table", "require_ok"),
-    "run.workspace": ("Workspace", "open_workspace"),
+    "colab.drive": ("find_workspace", "open_workspace"),
+    "run.workspace": ("Workspace",),
     "run.files": ("write_text",),
     # 02_data_subset
     "cleaning": ("clean_text",),

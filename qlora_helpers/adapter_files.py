@@ -16,7 +16,7 @@ from qlora_helpers.errors import ModelError
 from qlora_helpers.hub import fetch
 from qlora_helpers.prompts import TEMPLATE
 from qlora_helpers.run.files import write_file
-from qlora_helpers.run.workspace import Workspace, open_workspace
+from qlora_helpers.run.workspace import Workspace
 
 SETTINGS, WEIGHTS = "qlora_config.json", "adapter_model.safetensors"
 _REMEDY = "Take the whole folder that notebooks/03_qlora_training.ipynb writes, or run that again."
@@ -101,7 +101,7 @@ def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:
     """Write the adapter of `workspace` to the zip file `path`, its weights in float16: half the size, and all that
     `HeadlineClassifier.from_adapter` needs once unpacked. Raises ModelError for weights that float16 cannot hold, WorkspaceError if the
     file cannot be written."""
-    _, config = open_workspace("03_qlora_training", path=workspace.path)
+    config = RunConfig.from_json(workspace.open("03_qlora_training"))
     folder, path = workspace / "adapter", Path(path)
     weights = {
         name: tensor.to(torch.float16).contiguous()

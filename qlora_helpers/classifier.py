@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_helpers.adapter_files import find_adapter, read_settings, read_temperature
 from qlora_helpers.cleaning import tidy_text
-from qlora_helpers.config import RunConfig
+from qlora_helpers.config import RunConfig, workspace_folder
 from qlora_helpers.errors import DataError, ModelError, QLoraError
 from qlora_helpers.modeling import load_adapter, load_base_model, load_tokenizer
-from qlora_helpers.run.workspace import open_workspace
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.scoring import label_probabilities
 
 MOST_WORDS = 40  # of a text whose words are left out one by one: a forward pass each
@@ -47,9 +47,11 @@ class HeadlineClassifier:
 
     @classmethod
     def from_workspace(cls, path: str | os.PathLike | None = None) -> "HeadlineClassifier":
-        """The tuned model of a run's workspace, `path` or where `open_workspace` finds it, with 04's temperature if 04 has run.
-        Raises what that raises, WorkspaceError if 04 ran for another adapter, and ModelError."""
-        workspace, config = open_workspace("03_qlora_training", path=path)
+        """The tuned model of a run's workspace, `path` or `workspace_folder`, with 04's temperature if 04 has run.
+        Raises WorkspaceError that names the notebook to run, ConfigError if the environment asks for other settings, and ModelError."""
+        workspace = Workspace(path or workspace_folder())
+        config = RunConfig.from_json(workspace.open("03_qlora_training"))
+        config.check_environment()
         calibration = workspace.find_json("04_evaluation", "adapter/calibration.json")
         return cls._load(
             workspace / "adapter", config, calibration["temperature"] if calibration else 1.0

@@ -42,7 +42,7 @@ def made(tiny, tmp_path_factory):
             trainer = stages.trainer_for(workspace, opened, checkpoint_steps=2)
             stages.stop_at(trainer, step=9)
             with pytest.raises(TrainingStopped):
-                trainer.fit(workspace)
+                stages.fit(workspace, trainer)
     return folder, config, right, stages.result(folder / "finished")
 
 

@@ -23,7 +23,8 @@ from qlora_helpers.batching import BatchPlan, decoder_layers
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model
-from qlora_helpers.run.workspace import Workspace, write_text
+from qlora_helpers.run.files import write_text
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
 from qlora_helpers.widgets import LossPanel
@@ -71,7 +72,7 @@ def prepared(tiny, tokenizer, config, tmp_path):
             None,
             "as the test says",
         )
-        return LabelTrainer(model, tokenizer, subset, run, plan, tmp_path / "checkpoints")
+        return LabelTrainer(model, tokenizer, subset, run, plan)
 
     return prepare
 
@@ -359,9 +360,10 @@ def test_the_history_holds_what_the_notebooks_plot(trained):
 def test_fit_writes_the_adapter_and_the_history_once(prepared, tokenizer, workspace, capsys):
     run, trainer = Workspace(workspace), prepared(num_epochs=1)
     write_text(run / "subset" / "rows", "as drawn")
-    run.publish("02_data_subset", trainer.config, ["subset"])
+    run.publish("02_data_subset", vars(trainer.config), ["subset"])
     panel = LossPanel(run)
-    history = trainer.fit(run, panel)
+    history = stages.fit(run, trainer, panel)
+    panel.load()
     assert panel.history == history and bytes(panel.picture.value).startswith(b"\x89PNG")
     assert json.loads((run / "training.json").read_text()) == history
     assert sorted(run.require("03_qlora_training")["files"]) == [
@@ -376,13 +378,13 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, tokenizer, worksp
     np.testing.assert_array_equal(label_probabilities(loaded, tokenizer, texts, CONFIG), expected)
 
     again = prepared(num_epochs=1)
-    assert again.fit(run) == history
+    assert stages.fit(run, again) == history
     assert again.state.global_step == 0
-    assert "nothing to do" in capsys.readouterr().out
+    assert "holds the finished training" in capsys.readouterr().out
 
     other = prepared(num_epochs=1, seed=7)
-    assert _losses(other.fit(run)) != _losses(history)
-    assert run.is_current("03_qlora_training", other.config)
+    assert _losses(stages.fit(run, other)) != _losses(history)
+    assert run.is_current("03_qlora_training", vars(other.config))
     [earlier] = (run / "earlier").iterdir()
     assert json.loads((earlier / "training.json").read_text()) == history
 

@@ -1,54 +1,83 @@
-"""Google Colab: whether this is it, and its reader's Drive, which may be refused."""
+"""The workspace of this run, with Google Drive as its mirror where its reader allows that."""
 
-import errno
-import importlib.util
 import os
+from functools import partial
 from pathlib import Path
 
-from qlora_helpers.colab.machine import bounded
-from qlora_helpers.config import drive_wanted
-from qlora_helpers.errors import reason
+from qlora_helpers.colab import machine
+from qlora_helpers.colab.machine import bounded, on_colab
+from qlora_helpers.colab.mirror import Mirror
+from qlora_helpers.config import RunConfig, drive_wanted, workspace_folder
+from qlora_helpers.errors import ConfigError, WorkspaceError, reason
+from qlora_helpers.hub_token import use_token
+from qlora_helpers.run.workspace import Workspace
 
-CONTENT = Path("/content")  # where Colab's notebooks run
 MOUNT_SECONDS = 120  # for the reader to answer, and for Drive to come
 _without: str | None = None  # why this process does without Drive, once that is settled
 
 
-def on_colab() -> bool:
+def find_workspace(drive: bool | None = None) -> Workspace:
+    """Return the workspace of this run, in `workspace_folder`.
+
+    On a Colab machine Drive is asked for, unless `drive` (or QLORA_DRIVE, which wins) says no: it is
+    then the workspace's mirror, and what was published elsewhere is brought from there.
+
+    Raises: ConfigError for a QLORA_WORKSPACE on Drive or a QLORA_DRIVE that is neither 0 nor 1.
+    """
+    path = workspace_folder()
+    if Path(os.path.abspath(path)).is_relative_to(machine.CONTENT / "drive"):
+        raise ConfigError(
+            f"QLORA_WORKSPACE is {path}, on Google Drive. A run lives on the machine's own disk: name "
+            f"runs/{path.name}, and Drive keeps a copy of it in qlora_ag_news/{path.name}."
+        )
+    ask_for_drive(drive)
+    folder = my_drive()
+    workspace = Workspace(path, Mirror(folder, path.name) if folder else None)
+    workspace.pull()
+    return workspace
+
+
+def open_workspace(*notebooks: str) -> tuple[Workspace, RunConfig]:
+    """Return `find_workspace()` and its config, after `Workspace.open` for `notebooks`.
+
+    Raises: WorkspaceError that names the notebook to run; ConfigError if the environment asks for
+        other settings.
+    """
+    workspace = find_workspace()
     try:
-        return CONTENT.is_dir() and importlib.util.find_spec("google.colab") is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def on_drive(path: str | os.PathLike) -> bool:
-    """Whether `path` lies where Colab mounts Google Drive."""
-    return Path(os.path.abspath(path)).is_relative_to(CONTENT / "drive")
-
-
-def check_mounted(path: str | os.PathLike) -> None:
-    """Raise OSError where Drive has gone from under `path`."""
-    if on_drive(path):
-        mount = CONTENT / "drive"
-        root = mount.joinpath(
-            *Path(os.path.abspath(path)).relative_to(mount).parts[:1]
-        )  # MyDrive, or Shareddrives
-        if not os.path.isdir(root):
-            raise OSError(errno.ENOTCONN, f"{root.name} is no longer mounted")
+        config = RunConfig.from_json(workspace.open(*notebooks))
+    except WorkspaceError as error:
+        if not _without:
+            raise
+        manifests = sorted((workspace / "manifests").glob("*.json"))
+        found = ", ".join(path.stem for path in manifests) or "no run"
+        raise WorkspaceError(
+            f"{error} A run on Google Drive cannot be seen from here, since this machine is without "
+            f"Drive ({_without}); on its own disk there is {found}. If the run is on Drive: Runtime > "
+            "Restart session and run all, and allow Drive this time."
+        ) from error
+    config.check_environment()
+    use_token(config)
+    return workspace, config
 
 
 def my_drive() -> Path | None:
     """The reader's Drive if it is mounted and to be used."""
-    folder = CONTENT / "drive" / "MyDrive"
-    return (
-        folder if not _without and drive_wanted() and os.path.isdir(folder) else None
-    )  # isdir: False for a mount that has died
+    folder = machine.CONTENT / "drive" / "MyDrive"
+    if _without or not drive_wanted():
+        return None
+    try:  # isdir is False for a mount that has died
+        return folder if bounded(partial(os.path.isdir, folder), MOUNT_SECONDS) else None
+    except TimeoutError:
+        return None
 
 
 def ask_for_drive(wanted: bool | None = None) -> None:
-    """On Colab, mount Google Drive: its dialog is the reader's to accept, to decline, or to leave. Without it the local disk will do,
-    with a line that says so, and why; nothing is asked twice, nor where QLORA_DRIVE, else `wanted`, says no. Raises ConfigError for
-    a QLORA_DRIVE that is neither 0 nor 1."""
+    """On Colab, mount Google Drive: its dialog is the reader's to accept, to decline, or to leave.
+
+    Without it a line says so, and why. Nothing is asked twice, nor where QLORA_DRIVE, else `wanted`,
+    says no. Raises ConfigError for a QLORA_DRIVE that is neither 0 nor 1.
+    """
     global _without
     if wanted is not None:  # a form's answer: this is a new question
         _without = None
@@ -58,28 +87,25 @@ def ask_for_drive(wanted: bool | None = None) -> None:
         _without = "it was not wanted"
     else:
         print(
-            f"Google Drive would keep this run for the other notebooks: Colab asks for it now, for {MOUNT_SECONDS} seconds. To decline, "
-            'choose "No thanks"; to be asked nothing, set QLORA_DRIVE=0.',
+            "Google Drive would keep this run for the other notebooks: Colab asks for it now, for "
+            f'{MOUNT_SECONDS} seconds. To decline, choose "No thanks"; to be asked nothing, set '
+            "QLORA_DRIVE=0.",
             flush=True,
         )
         try:
             from google.colab import drive
 
+            mount, milliseconds = str(machine.CONTENT / "drive"), 1000 * MOUNT_SECONDS
             # the dialog itself waits for ever: timeout_ms is for the mount that follows it
-            bounded(
-                lambda: drive.mount(str(CONTENT / "drive"), timeout_ms=1000 * MOUNT_SECONDS),
-                MOUNT_SECONDS,
-            )
+            bounded(lambda: drive.mount(mount, timeout_ms=milliseconds), MOUNT_SECONDS)
             _without = None if my_drive() else "it was mounted without MyDrive"
-        except (
-            Exception
-        ) as error:  # ValueError, MessageError, NotImplementedError, pexpect's: none is worth a run
+        except Exception as error:  # ValueError, MessageError, pexpect's: none is worth a run
             _without = reason(error).removeprefix("Error: ")
     if _without:
         print(
-            f"Without Google Drive ({_without}): this run's files stay on this machine and go when its runtime does, and the other "
-            "notebooks, which get machines of their own, will not find them. To have Drive: Runtime > Restart session and run all, and "
-            "allow it."
+            f"Without Google Drive ({_without}): this run's files stay on this machine and go when "
+            "its runtime does, and the other notebooks, which get machines of their own, will not "
+            "find them. To have Drive: Runtime > Restart session and run all, and allow it."
         )
 
 

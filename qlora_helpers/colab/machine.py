@@ -1,9 +1,21 @@
-"""A wait that ends."""
+"""Whether this machine is Google Colab's, and waits that end."""
 
 import errno
+import importlib.util
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
+
+CONTENT = Path("/content")  # where Colab's notebooks run
+
+
+def on_colab() -> bool:
+    """True on a Colab machine."""
+    try:
+        return CONTENT.is_dir() and importlib.util.find_spec("google.colab") is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def start(function: Callable) -> Future:

@@ -1,4 +1,8 @@
-"""Files and folders that are there whole or not at all, and the seals by which a changed one is found."""
+"""Files that are there whole or not at all, and manifests that say what a whole set of files is.
+
+A manifest is a JSON file that is written last. It holds the SHA-256 of each file that it names, and a
+seal: the SHA-256 of its own content. What is torn or was changed afterwards is found by either.
+"""
 
 import contextlib
 import errno
@@ -8,47 +12,31 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qlora_helpers.colab.drive import check_mounted
 from qlora_helpers.errors import WorkspaceError, reason
 
-FAILURES = (
-    OSError,
-    RuntimeError,
-    SafetensorError,
-)  # what a write that fails raises: torch.save, for one, a RuntimeError
+# what a write that fails raises: torch.save, for one, a RuntimeError
+FAILURES = (OSError, RuntimeError, SafetensorError)
+# what reading a damaged file raises
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
+_digests: dict[tuple[int, ...], str] = {}  # see sha256
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `path` whole or not at all: beside it first, flushed to the disk, then renamed. What fails is tried again, since on a mounted
-    Drive it may pass. Raises WorkspaceError with the remedy."""
+    """Write `path`: beside it first, flushed to the disk, then renamed. Raises WorkspaceError."""
     beside = path.with_name(path.name + ".partial")
-
-    def write():
-        make_folder(path.parent)
-        if os.path.isdir(beside):
-            shutil.rmtree(beside)
-        with open(beside, "wb") as file:
-            file.write(data)
-
-    _tried(write, path)
-    put_in_place(beside, path)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder, and those above it. Raises OSError if it cannot be, or if Drive has gone from under it."""
-    check_mounted(
-        path
-    )  # a folder made there now would be on the local disk, and in the way of the next mount
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(beside)
+        beside.write_bytes(data)
+        put_in_place(beside, path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,72 +45,53 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder of files, whole or not at all. Raises WorkspaceError if it cannot be written, OSError if it cannot be read."""
+    """Copy a folder of files, whole or not at all. Raises OSError."""
     beside = target.with_name(target.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    remove(beside)
+    beside.mkdir(parents=True)
     for path in sorted(source.iterdir()):
-        write_file(beside / path.name, path.read_bytes())
+        shutil.copyfile(path, beside / path.name)
     put_in_place(beside, target)
 
 
 def put_in_place(beside: Path, path: Path) -> None:
-    """Flush the file or folder `beside` to the disk and rename it to `path`, in place of what is there. Raises WorkspaceError."""
+    """Flush the file or folder `beside` to the disk and rename it to `path`, in place of what is
+    there. Raises OSError."""
     for part in [*beside.iterdir(), beside] if beside.is_dir() else [beside]:
         flush(part)
     if path.is_dir() and not path.is_symlink():
-        _tried(
-            partial(shutil.rmtree, path), path
-        )  # a rename replaces no folder that holds something
-    _tried(partial(os.replace, beside, path), path)
+        shutil.rmtree(path)  # a rename replaces no folder that holds something
+    os.replace(beside, path)
     flush(path.parent)
 
 
 def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder. Raises WorkspaceError."""
-    _tried(partial(_flush, path), path)
-
-
-def _flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-            errno.ENOSYS,
-        ):  # a mounted Drive may know no such thing for folders
-            raise
     finally:
         os.close(descriptor)
 
 
-def _tried(write: Callable[[], None], path: Path) -> None:
-    for wait in (0.05, 0.5, 2, 8, None):
-        try:
-            return write()
-        except OSError as error:
-            if wait is None or error.errno in _FULL | _CLOSED | _IN_THE_WAY | {
-                errno.ENOENT,
-                errno.ENOTCONN,
-            }:
-                raise cannot_write(path, error) from error
-        time.sleep(wait)
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that it holds, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cannot_write(path: Path, error: Exception) -> WorkspaceError:
     """The error to raise when writing `path` failed."""
     number = getattr(error, "errno", None)
-    if number in _CLOSED:
+    remedy = "See that its disk is there and has space"
+    if number in _FULL:
+        remedy = "Free some space there"
+    elif number in _CLOSED:
         remedy = "Make its folder writable, or name another one in QLORA_WORKSPACE"
     elif number in _IN_THE_WAY:
         remedy = "Remove what stands in its place"
-    else:
-        remedy = (
-            "Free some space there"
-            if number in _FULL
-            else "See that its disk, or the mounted Drive, is there and has space"
-        )
     return WorkspaceError(
         f"{path} cannot be written ({reason(error)}). {remedy}; then run this notebook again."
     )
@@ -130,7 +99,8 @@ def cannot_write(path: Path, error: Exception) -> WorkspaceError:
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Turn whatever a library raises when it cannot write `path` into WorkspaceError with the remedy."""
+    """Turn whatever a library raises when it cannot write `path` into WorkspaceError with the
+    remedy."""
     try:
         yield
     except FAILURES as error:
@@ -144,33 +114,59 @@ def read_file(path: Path) -> bytes:
 
 
 def ordinary(path: Path) -> int:
-    """The size of a file in bytes. Raises OSError for anything else that stands in its place: a pipe would be waited for."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(
-            errno.EINVAL,
-            "Is a directory" if stat.S_ISDIR(found.st_mode) else "Not an ordinary file",
-        )
-    return found.st_size
+    """The size of a file in bytes. Raises OSError for anything else that stands in its place: a pipe would
+    be waited for."""
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        folder = stat.S_ISDIR(facts.st_mode)
+        what = "Is a directory" if folder else "Not an ordinary file"
+        raise OSError(errno.EINVAL, what, str(path))
+    return facts.st_size
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of an ordinary file, read once in a process while it does not change."""
     ordinary(path)
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    facts = os.stat(path)
+    key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    if key not in _digests:
+        settled = time.time_ns() - facts.st_mtime_ns > 10**8  # a file system's clock ticks in ms
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if not settled:
+            return digest
+        _digests[key] = digest
+    return _digests[key]
 
 
-def sealed(content: dict) -> str:
-    """JSON that holds `content` and the SHA-256 of it."""
-    return json.dumps(content | {"seal": _seal(content)}, indent=2)
+def manifest_of(root: Path, names: Iterable[str], **content) -> dict:
+    """A manifest: `content`, and the SHA-256 of each of the files `names` of the folder `root`, which
+    are flushed to the disk. Raises OSError for one that cannot be read."""
+    files = {}
+    for name in names:
+        files[name] = sha256(root / name)
+        flush(root / name)
+    return content | {"files": files, "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
-def unsealed(data: bytes) -> dict:
-    """What `sealed` was given. Raises ValueError for text that is torn or was changed."""
-    content = json.loads(data)
-    if not isinstance(content, dict) or content.pop("seal", None) != _seal(content):
+def sealed(manifest: dict) -> str:
+    """The text of a manifest."""
+    return json.dumps(manifest | {"seal": _seal(manifest)}, indent=2)
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest in a file. Raises OSError, or ValueError if it is torn or was changed."""
+    manifest = json.loads(read_file(path))
+    if not isinstance(manifest, dict) or manifest.pop("seal", None) != _seal(manifest):
         raise ValueError("it is torn, or was changed after it was written")
-    return content
+    return manifest
+
+
+def check_files(manifest: dict, root: Path) -> None:
+    """Raise OSError or ValueError unless `root` holds the files that `manifest` names, unchanged."""
+    for name, digest in manifest["files"].items():
+        if sha256(root / name) != digest:
+            raise ValueError(f"{name} is not what its manifest names")
 
 
 def _seal(content: dict) -> str:
@@ -179,6 +175,5 @@ def _seal(content: dict) -> str:
 
 def nearest(folder: Path) -> Path:
     """`folder`, or the nearest folder above it that is there."""
-    return next(
-        path for path in (folder.absolute(), *folder.absolute().parents) if os.path.exists(path)
-    )  # False if Drive has died
+    folders = (folder.absolute(), *folder.absolute().parents)
+    return next(path for path in folders if os.path.exists(path))

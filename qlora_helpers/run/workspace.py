@@ -1,29 +1,40 @@
-"""Where a run's files live, and the manifests by which one notebook trusts another's work."""
+"""The folder of a run, and the manifests by which one notebook trusts another's work.
 
+A run lives on the machine's own disk. A mirror, Google Drive's on Colab, holds a copy of what each
+notebook published. Which of two manifests of a notebook is the newer one does not depend on a clock:
+a manifest names the fingerprints of those that it replaces, in `replaces`. The mirror's replaces the
+one here only if it names that one. A copy that is older, half-pushed, or was made without knowing
+of the work here never does.
+"""
+
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
+import tempfile
 import time
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-from qlora_helpers.colab.drive import ask_for_drive, my_drive, on_colab, on_drive, without_drive
-from qlora_helpers.config import RunConfig, default_profile, project_folder
-from qlora_helpers.errors import WorkspaceError
-from qlora_helpers.hub_token import use_token
-from qlora_helpers.run.drive_copy import copy_back, drive_failure, within_drives_time
+from filelock import FileLock, Timeout
+
+from qlora_helpers.errors import WorkspaceError, reason
+from qlora_helpers.run.checkpoints import Checkpoints
 from qlora_helpers.run.files import (
+    DAMAGE,
     cannot_write,
-    flush,
+    manifest_of,
+    put_in_place,
     read_file,
-    reason,
+    read_manifest,
     sealed,
     sha256,
-    unsealed,
+    write_file,
     write_text,
+    writing,
 )
-from qlora_helpers.run.run_folder import RunFolder
 
 _PACKAGES = [
     "torch",
@@ -36,128 +47,150 @@ _PACKAGES = [
 ]
 
 
-class Workspace(RunFolder):
-    """A run's folder. Each notebook publishes its files there under a manifest that is written last."""
+class Workspace:
+    """A run's folder, and the mirror of it if there is one (see `qlora_helpers.colab.mirror`). Each
+    notebook publishes its files there under a manifest that is written last."""
 
-    def __init__(self, path: str | os.PathLike):
-        super().__init__(Path(path))
-        self.opened = {}  # the fingerprint of each notebook's work as `open_workspace` found it
+    def __init__(self, path: str | os.PathLike, mirror=None):
+        self.path, self.mirror = Path(path), mirror
+        self.opened = {}  # the fingerprint of each notebook's work as `open` found it
+        self._replaces = {}  # of a notebook whose manifest was set aside
+        self._lock = FileLock(self / ".lock", timeout=0)
 
-    @classmethod
-    def locate(cls) -> "Workspace":
-        """$QLORA_WORKSPACE, else a folder on a mounted Google Drive that is wanted, else `runs/<profile>` beside the notebooks folder."""
-        if os.environ.get("QLORA_WORKSPACE"):
-            return cls(project_folder() / os.environ["QLORA_WORKSPACE"])
-        drive = my_drive()
-        return cls(
-            (drive / "qlora_ag_news" if drive else project_folder() / "runs") / default_profile()
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __str__(self) -> str:  # short where it can be, and then the same on every machine
+        here = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
+        return (
+            str(self.path.relative_to(here)) if self.path.is_relative_to(here) else str(self.path)
         )
 
-    @classmethod
-    def find(cls, drive: bool | None = None) -> "Workspace":
-        """`locate`, after asking for Google Drive on a Colab machine unless `drive` (or QLORA_DRIVE, which wins) says no, or
-        $QLORA_WORKSPACE lies elsewhere."""
-        named = os.environ.get("QLORA_WORKSPACE")
-        if not named or on_drive(project_folder() / named):
-            ask_for_drive(drive)
-        return cls.locate()
+    @contextlib.contextmanager
+    def hold(self, purpose: str):
+        """A context in which no other process writes here; it may be nested. Raises WorkspaceError
+        if one does already, which it names."""
+        note = self / ".lock.txt"
+        with contextlib.ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(self._lock)
+            except Timeout:
+                holder = note.read_text(encoding="utf-8") if note.is_file() else "not known which"
+                raise WorkspaceError(
+                    f"another notebook is writing to {self.path} ({holder}). Nothing was written. "
+                    "Wait for it, or stop it; then run this notebook again."
+                ) from None
+            except OSError as error:
+                raise cannot_write(self.path, error) from error
+            if self._lock.lock_counter == 1:
+                since = time.strftime("%H:%M:%S UTC", time.gmtime())
+                with contextlib.suppress(OSError):  # a full disk: it is locked without a name
+                    note.write_text(f"{purpose}, process {os.getpid()}, since {since}", "utf-8")
+            yield
+
+    def write(self, name: str, data: bytes | str) -> None:
+        """Write the file `name`, whole or not at all. Raises WorkspaceError if it cannot be written,
+        or if another process is writing here."""
+        with self.hold(name):
+            write_file(self / name, data.encode() if isinstance(data, str) else data)
 
     def publish(
         self,
         notebook: str,
-        config: RunConfig,
+        config: dict,
         files: list[str],
         inputs: tuple[str, ...] = (),
         **facts,
     ) -> dict:
-        """Write the manifest of `notebook`: the SHA-256 of each of `files` (paths or folders inside the workspace),
-        the config, the fingerprints of the notebooks it read from (`inputs`), package versions, and `facts`."""
-        with self.hold(notebook):
-            manifest = self.despite_drive(
-                lambda: self._publish(notebook, config, files, inputs, facts)
-            )
-        if self._left:
-            print(
-                f"{notebook} is published on this machine's own disk alone. To bring it to Drive: {copy_back(self.path, self._left)}"
-            )
-        return manifest
+        """Write the manifest of `notebook`, and have it and its files copied to the mirror.
 
-    def _publish(
-        self,
-        notebook: str,
-        config: RunConfig,
-        files: list[str],
-        inputs: tuple[str, ...],
-        facts: dict,
-    ) -> dict:
-        paths = [
-            path
-            for name in files
-            for path in (
-                sorted((self / name).rglob("*")) if (self / name).is_dir() else [self / name]
-            )
-        ]
-        paths = [path for path in paths if not path.is_dir()]
-        made = {}
-        for path in paths:
+        Args:
+            notebook: its name, as in "02_data_subset".
+            config: the settings that it ran with.
+            files: paths or folders inside the workspace.
+            inputs: the notebooks whose files it read. Their fingerprints are in the manifest, with
+                config, package versions and `facts`.
+
+        Returns: the manifest.
+        Raises: WorkspaceError if a file is missing or cannot be written, or if a notebook that was
+            opened has run again since.
+        """
+        with self.hold(notebook):
+            inputs = self.fingerprints(*inputs)
+            paths = [self / name for name in files]
+            paths = [part for path in paths for part in (sorted(path.rglob("*")) or [path])]
+            names = [p.relative_to(self.path).as_posix() for p in paths if not p.is_dir()]
             try:
-                made[path.relative_to(self.path).as_posix()] = sha256(path)
-                flush(path)
+                manifest = manifest_of(self.path, names)
             except OSError as error:
                 raise WorkspaceError(
-                    f"{path} cannot be published ({reason(error)}). Run notebooks/{notebook}.ipynb again."
+                    f"{error.filename} cannot be published ({reason(error)}). Run "
+                    f"notebooks/{notebook}.ipynb again."
                 ) from error
-        identity = {
-            "config": json.loads(config.to_json()),
-            "files": made,
-            "inputs": self.fingerprints(*inputs),
-        }
-        manifest = {
-            "notebook": notebook,
-            **identity,
-            **facts,
-            "fingerprint": hashlib.sha256(
-                json.dumps(identity, sort_keys=True).encode()
-            ).hexdigest(),
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-            "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-        text = sealed(manifest)
-        within_drives_time(self.path, partial(write_text, self._manifest(notebook), text))
-        self.keep(f"manifests/{notebook}.json", text.encode())
+            config = json.loads(json.dumps(config))
+            identity = {"config": config, "files": manifest["files"], "inputs": inputs}
+            fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+            manifest |= {
+                "notebook": notebook,
+                "config": config,
+                "inputs": inputs,
+                **facts,
+                "fingerprint": fingerprint,
+                "replaces": self._lineage(notebook, fingerprint),
+                "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            }
+            write_text(self._manifest(notebook), sealed(manifest))
+        if self.mirror:
+            self.mirror.push(notebook, _entry(manifest), self.path, manifest)
         return manifest
 
+    def _lineage(self, notebook: str, fingerprint: str) -> list[str]:
+        """The fingerprints that a manifest with this one replaces, oldest first."""
+        old = self._read(notebook)
+        if old is None:
+            return self._replaces.get(notebook, [])
+        return old["replaces"] + [old["fingerprint"]] * (old["fingerprint"] != fingerprint)
+
+    def open(self, *notebooks: str) -> str:
+        """Require 01_setup and each of `notebooks`, remember what they published, and return the text
+        of config.json. Raises WorkspaceError that names the notebook to run."""
+        found = {name: self.require(name) for name in ("01_setup", *notebooks)}
+        for name, manifest in found.items():
+            if manifest["config"] != found["01_setup"]["config"]:
+                raise WorkspaceError(
+                    f"what {name} wrote was made with other settings. Run "
+                    f"notebooks/{name}.ipynb again."
+                )
+        self.opened = {name: manifest["fingerprint"] for name, manifest in found.items()}
+        return read_file(self / "config.json").decode()
+
     def fingerprints(self, *notebooks: str) -> dict[str, str]:
-        """Of what each notebook published. Raises WorkspaceError if one has run again, with other settings or data, since this
-        workspace was opened: what was read then is no longer what is here."""
+        """Of what each notebook published. Raises WorkspaceError if one has run again, with other
+        settings or data, since this workspace was opened: what was read then is no longer here."""
         found = {name: self.require(name)["fingerprint"] for name in notebooks}
         for name, fingerprint in found.items():
             if self.opened.get(name, fingerprint) != fingerprint:
                 raise WorkspaceError(
-                    f"{name} was run with other settings or data after this notebook had read what it wrote. Run this "
-                    "notebook again from its start."
+                    f"{name} was run with other settings or data after this notebook had read what "
+                    "it wrote. Run this notebook again from its start."
                 )
         return found
 
     def require(self, notebook: str) -> dict:
-        """The manifest of `notebook`, if all that it names is there, unchanged, and made from what is there now.
-        Raises WorkspaceError that names the file and the notebook to run."""
-        remedy = f"Run notebooks/{notebook}.ipynb" + (
-            " again." if self.has(notebook) else " first."
-        )
+        """The manifest of `notebook`, if all that it names is there, unchanged, and made from what is
+        there now. Raises WorkspaceError that names the file and the notebook to run."""
+        path, again = self._manifest(notebook), "again" if self.has(notebook) else "first"
+        remedy = f"Run notebooks/{notebook}.ipynb {again}."
         try:
-            manifest = unsealed(read_file(self._manifest(notebook)))
+            manifest = read_manifest(path)
             files, inputs = manifest["files"], manifest["inputs"]
         except FileNotFoundError:
             raise WorkspaceError(f"{self} holds nothing from {notebook} yet. {remedy}") from None
-        except (OSError, ValueError, LookupError, RecursionError) as error:
-            raise WorkspaceError(
-                f"{self._manifest(notebook)} cannot be read ({reason(error)}). {remedy}"
-            ) from error
+        except DAMAGE as error:
+            raise WorkspaceError(f"{path} cannot be read ({reason(error)}). {remedy}") from error
         if manifest["notebook"] != notebook:
-            raise WorkspaceError(
-                f"{self._manifest(notebook)} is the manifest of {manifest['notebook']}. {remedy}"
-            )
+            raise WorkspaceError(f"{path} is the manifest of {manifest['notebook']}. {remedy}")
         for name, digest in files.items():
             try:
                 changed = sha256(self / name) != digest
@@ -170,7 +203,8 @@ class Workspace(RunFolder):
         for name, fingerprint in inputs.items():
             if self.require(name)["fingerprint"] != fingerprint:
                 raise WorkspaceError(
-                    f"what {notebook} wrote was made before {name} was run with other settings or data. {remedy}"
+                    f"what {notebook} wrote was made before {name} was run with other settings or "
+                    f"data. {remedy}"
                 )
         return manifest
 
@@ -178,117 +212,166 @@ class Workspace(RunFolder):
         """True if there is a manifest of `notebook`, whatever it is worth."""
         return os.path.lexists(self._manifest(notebook))
 
+    def is_current(self, notebook: str, config: dict) -> bool:
+        """True if `notebook` has published with this very config, and nothing it read or wrote has
+        changed since. Raises WorkspaceError as `fingerprints` does of what was opened."""
+        self.fingerprints(*self.opened)
+        try:
+            return self.require(notebook)["config"] == json.loads(json.dumps(config))
+        except WorkspaceError:
+            return False
+
     def find_json(self, notebook: str, name: str) -> dict | None:
-        """What `notebook` wrote to the JSON file `name`; None if it has not run. Raises WorkspaceError if what it left is not whole."""
+        """What `notebook` wrote to the JSON file `name`; None if it has not run. Raises
+        WorkspaceError if what it left is not whole."""
         if not self.has(notebook) and not os.path.lexists(self / name):
             return None
         self.require(notebook)
         return self.read_json(notebook, name)
 
     def read_json(self, notebook: str, name: str) -> dict:
-        """What `notebook` wrote to the JSON file `name`, checked by its manifest if it has published one.
-        Raises WorkspaceError that names what is wrong and the notebook to run."""
+        """What `notebook` wrote to the JSON file `name`, checked by its manifest if it has published
+        one. Raises WorkspaceError that names what is wrong and the notebook to run."""
         if self.has(notebook):
             self.require(notebook)
         try:
             return json.loads(read_file(self / name))
         except (OSError, ValueError) as error:
             raise WorkspaceError(
-                f"{self / name} cannot be read ({reason(error)}). Run notebooks/{notebook}.ipynb again."
+                f"{self / name} cannot be read ({reason(error)}). Run notebooks/{notebook}.ipynb "
+                "again."
             ) from error
 
     def earlier_json(self, name: str) -> dict[str, dict]:
-        """The JSON file `name` of each folder in earlier/. One that is damaged is left out, with a line that says so."""
+        """The JSON file `name` of each folder in earlier/. One that is damaged is left out, with a
+        line that says so."""
         found = {}
         for path in sorted((self / "earlier").glob(f"*/{name}")):
             try:
                 manifest = path.with_name("manifest.json")
-                if os.path.lexists(manifest) and unsealed(read_file(manifest))["files"].get(
-                    name
-                ) != sha256(path):
-                    raise ValueError("it is not what was set aside")
+                if os.path.lexists(manifest):
+                    files = read_manifest(manifest)["files"]
+                    if files.get(name) != sha256(path):
+                        raise ValueError("it is not what was set aside")
                 found[path.parent.name] = json.loads(read_file(path))
-            except (OSError, ValueError, LookupError) as error:
+            except DAMAGE as error:
                 print(
                     f"{path} is left out: {reason(error)}. Delete its folder if it is not wanted."
                 )
         return found
 
-    def is_current(self, notebook: str, config: RunConfig) -> bool:
-        """True if `notebook` has published with this very config, and nothing it read or wrote has changed since."""
-        try:
-            return self.require(notebook)["config"] == json.loads(config.to_json())
-        except WorkspaceError:
-            return False
-
     def set_aside(self, notebook: str, names: list[str]) -> Path | None:
-        """Move what `notebook` published as `names` to a new folder in earlier/, and return it; None if there is nothing."""
-        return self.despite_drive(lambda: self._set_aside(notebook, names))
-
-    def _set_aside(self, notebook: str, names: list[str]) -> Path | None:
-        present = [name for name in names if (self / name).exists()]
-        if not self._manifest(notebook).exists() or not present:
+        """Move what `notebook` published as `names` to a new folder in earlier/, and return it; None
+        if there is nothing. Raises WorkspaceError."""
+        present = [name for name in names if os.path.lexists(self / name)]
+        if not self.has(notebook) or not present:
             return None
-        earlier = self / "earlier" / time.strftime(f"{notebook}-%Y%m%d-%H%M%S", time.gmtime())
-        try:
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        earlier = self / "earlier" / f"{notebook}-{stamp}"
+        with self.hold(notebook), writing(earlier):
+            self._replaces[notebook] = self._lineage(notebook, "")
             earlier.mkdir(parents=True, exist_ok=True)
-            os.replace(
-                self._manifest(notebook), earlier / "manifest.json"
-            )  # first: what is left is then unpublished, never half
+            # the manifest first: what is left is then unpublished, never half
+            os.replace(self._manifest(notebook), earlier / "manifest.json")
             for name in present:
+                (earlier / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self / name, earlier / name)
-        except OSError as error:
-            raise cannot_write(earlier, error) from error
+        print(f"What {notebook} wrote before is kept in {earlier.relative_to(self.path)}.")
         return earlier
+
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints of this run's training."""
+        return Checkpoints(self / "checkpoints", self.hold, self.mirror)
+
+    def push(self) -> None:
+        """Copy to the mirror what it lacks of what was published here, wait for that, and say how it
+        ended. Nothing if there is no mirror."""
+        if self.mirror:
+            self._push()
+            self.mirror.wait()
+
+    def _push(self) -> None:
+        for path in sorted((self / "manifests").glob("*.json")):
+            if manifest := self._read(path.stem):
+                self.mirror.push(path.stem, _entry(manifest), self.path, manifest)
+        for path in sorted((self / "earlier").glob("*/manifest.json")):
+            with contextlib.suppress(*DAMAGE):
+                manifest, folder = read_manifest(path), path.parent
+                if all((folder / name).exists() for name in manifest["files"]):
+                    self.mirror.push(_entry(manifest), _entry(manifest), folder, manifest)
+
+    def pull(self) -> None:
+        """Bring what was published elsewhere from the mirror. A line says so if it does not answer,
+        and the run goes on with what is here."""
+        if self.mirror:
+            with self.hold("reading Google Drive"):
+                self.mirror.pull(self)
+            self._push()
+
+    def adopt(self, theirs: dict, fetch: Callable[[Path], None]) -> None:
+        """Put in place what a mirror holds under the manifest `theirs`, if it replaces what is here.
+
+        Work that was done here without knowing of the mirror's is kept, and replaces it: `theirs` is
+        then named in its manifest.
+
+        Args:
+            theirs: a manifest of the mirror.
+            fetch: a function that brings the files that it names to a folder; it raises OSError or
+                ValueError if they are not whole.
+        """
+        notebook, mine = theirs["notebook"], self._read(theirs["notebook"])
+        known = theirs["replaces"] + [theirs["fingerprint"]]
+        if mine and mine["fingerprint"] not in theirs["replaces"]:
+            if theirs["fingerprint"] not in [*mine["replaces"], mine["fingerprint"]]:
+                new = [one for one in mine["replaces"] if one not in known]
+                mine["replaces"] = known + new
+                write_text(self._manifest(notebook), sealed(mine))
+            return
+        with self._fetched(fetch) as folder, writing(self._manifest(notebook)):
+            if mine:
+                self.set_aside(notebook, list(mine["files"]))
+            for name in theirs["files"]:
+                (self / name).parent.mkdir(parents=True, exist_ok=True)
+                put_in_place(folder / name, self / name)
+            write_text(self._manifest(notebook), sealed(theirs))
+
+    def adopt_earlier(self, theirs: dict, name: str, fetch: Callable[[Path], None]) -> None:
+        """Put in earlier/ what `fetch` brings of an earlier work of a mirror, whose manifest is
+        `theirs`, as the folder `name`, unless it is here."""
+        manifests = [*(self / "earlier").glob("*/manifest.json"), *(self / "manifests").glob("*")]
+        here = set()
+        for path in manifests:
+            with contextlib.suppress(*DAMAGE):
+                here.add(read_manifest(path)["fingerprint"])
+        if theirs["fingerprint"] not in here:
+            with self._fetched(fetch) as folder, writing(self / "earlier" / name):
+                write_text(folder / "manifest.json", sealed(theirs))
+                (self / "earlier").mkdir(exist_ok=True)
+                put_in_place(folder, self / "earlier" / name)
+
+    @contextlib.contextmanager
+    def _fetched(self, fetch: Callable[[Path], None]):
+        # a folder of its own: a call that hung, and was given up, may go on to write there
+        folder = Path(tempfile.mkdtemp(prefix=".pulled-", dir=self.path))
+        try:
+            fetch(folder)
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _read(self, notebook: str) -> dict | None:
+        """The manifest of `notebook`, whatever became of its files; None if it cannot be read."""
+        try:
+            manifest = read_manifest(self._manifest(notebook))
+            return manifest if manifest["notebook"] == notebook else None
+        except DAMAGE:
+            return None
 
     def _manifest(self, notebook: str) -> Path:
         return self / "manifests" / f"{notebook}.json"
 
 
-def open_workspace(
-    *notebooks: str, path: str | os.PathLike | None = None
-) -> tuple[Workspace, RunConfig]:
-    """The workspace (at `path`, else where `Workspace.find` says) and its config, after `require` for 01_setup and each of `notebooks`.
-    Raises WorkspaceError that names the notebook to run, ConfigError if the environment asks for other settings."""
-    workspace = Workspace(path) if path else Workspace.find()
-    try:
-        config = _opened(workspace, notebooks)
-    except WorkspaceError as error:
-        if failure := on_drive(workspace.path) and drive_failure(workspace.path, error):
-            raise WorkspaceError(
-                f"Google Drive cannot be read ({failure}). What is on it is still there: Runtime > Restart session and "
-                "run all mounts it again."
-            ) from error
-        if on_colab() and without_drive() and not os.environ.get("QLORA_WORKSPACE"):
-            found = (
-                ", ".join(sorted(part.stem for part in (workspace / "manifests").glob("*.json")))
-                or "no run"
-            )
-            raise WorkspaceError(
-                f"{error} A run on Google Drive cannot be seen from here, since this machine is without Drive "
-                f"({without_drive()}); on its own disk there is {found}. If the run is on Drive: Runtime > Restart "
-                "session and run all, and allow Drive this time."
-            ) from error
-        raise
-    use_token(config)
-    return workspace, config
-
-
-def _opened(workspace: Workspace, notebooks: tuple[str, ...]) -> RunConfig:
-    found = {"01_setup": workspace.require("01_setup")}
-    config = RunConfig.from_json(read_file(workspace / "config.json").decode())
-    config.check_environment()
-    for notebook in notebooks:
-        found[notebook] = workspace.require(notebook)
-        if found[notebook]["config"] != json.loads(config.to_json()):
-            raise WorkspaceError(
-                f"what {notebook} wrote was made with other settings. Run notebooks/{notebook}.ipynb again."
-            )
-        workspace.opened[notebook] = found[notebook]["fingerprint"]
-    for name in [
-        name
-        for notebook in found
-        for name in (*found[notebook]["files"], f"manifests/{notebook}.json")
-    ]:
-        workspace.keep(name)
-    return config
+def _entry(manifest: dict) -> str:
+    """The mirror's folder for what a manifest names. A newer one has a higher number."""
+    number = len(manifest["replaces"]) + 1
+    return f"{manifest['notebook']}/{number:04d}-{manifest['fingerprint'][:12]}"

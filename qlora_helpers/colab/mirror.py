@@ -1,0 +1,291 @@
+"""The copy of a run on Google Drive.
+
+Each publication and each checkpoint gets a folder of its own, which nothing changes afterwards:
+`03_qlora_training/0002-1f0c63a9d2b7/` has the files of the second training, and its manifest, which
+is written last. A folder without one, or whose files differ from it, is passed over for the one
+before. So a copy that breaks off at any instant leaves the older or the newer work, whole. Older
+publications stay; of checkpoints the newest two do.
+
+Drive may hang, for hours. Only threads touch it, and nothing waits for one that moves no byte.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from functools import partial
+from pathlib import Path
+from threading import Lock
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from qlora_helpers.colab.machine import start
+from qlora_helpers.errors import WorkspaceError, reason
+from qlora_helpers.run.checkpoints import prune
+from qlora_helpers.run.files import (
+    DAMAGE,
+    check_files,
+    ordinary,
+    put_in_place,
+    read_manifest,
+    sealed,
+    write_text,
+)
+from qlora_helpers.run.workspace import Workspace
+
+SECONDS = 120  # without a byte: Drive hangs
+
+
+class Mirror:
+    """A run's copy in the folder qlora_ag_news/`name` of `drive`, which is where Drive is mounted."""
+
+    def __init__(self, drive: Path, name: str):
+        self.drive, self.folder = drive, drive / "qlora_ag_news" / name
+        self._lock = Lock()  # of what follows
+        self._jobs: dict[str, Callable[[], None]] = {}  # to do, in order
+        self._failed: dict[str, str] = {}  # the reason for each key that Drive did not take
+        self._worker: Future | None = None
+        self._moved, self._said = 0, ""  # bytes; the last reason that was printed
+
+    def push(self, key: str, entry: str, root: Path, manifest: dict) -> None:
+        """Copy the files that `manifest` names from `root` to the folder `entry`, in the background.
+        This replaces what waits under the same `key`."""
+        self._queue(key, partial(self._copy_out, entry, root, manifest))
+
+    def clear(self, group: str) -> None:
+        """Remove the folder `group` in the background, once all that was pushed is on Drive."""
+        self._queue(group, partial(self._remove, group))
+
+    def done(self, seconds: float) -> bool:
+        """True if all is on Drive, after waiting for it at most so long."""
+        if worker := self._worker:
+            wait([worker], seconds)
+        return self._worker is None and not self._failed
+
+    def wait(self) -> None:
+        """Wait until all is on Drive, or it hangs, and say how it ended."""
+        worker = self._worker
+        try:
+            if worker:
+                self._follow(worker)
+        except TimeoutError as error:
+            with self._lock:
+                self._worker = None  # it is left to itself, and ends when it finds that out
+                self._failed["Drive"] = reason(error)
+        self._said = ""
+        if self._failed:
+            self._say("; ".join(sorted(set(self._failed.values()))))
+        else:
+            print(f"On Google Drive: {self.folder.relative_to(self.drive.parent)}")
+
+    def pull(self, workspace: Workspace) -> None:
+        """Have `workspace` adopt what each notebook published here. A line says so if Drive cannot be
+        read."""
+        try:
+            for notebook in self._names(""):
+                if notebook != "checkpoints":
+                    self._pull(workspace, notebook)
+        except OSError as error:
+            print(
+                f"Google Drive cannot be read ({reason(error)}): what is there stays there, and "
+                f"this run goes on with what is in {workspace}."
+            )
+
+    def _pull(self, workspace: Workspace, notebook: str) -> None:
+        newest = True
+        for name in self._names(notebook):
+            entry = f"{notebook}/{name}"
+            with self._skipping(entry):
+                manifest = self._call(read_manifest, self.folder / entry / "manifest.json")
+                if newest:
+                    workspace.adopt(manifest, partial(self._fetch, entry, manifest["files"]))
+                    newest = False
+                if "training.json" not in manifest["files"]:
+                    return
+                # an earlier training is there to be compared with: its adapter stays on Drive
+                fetch = partial(self._fetch, entry, ["training.json"])
+                workspace.adopt_earlier(manifest, f"{notebook}-{name}", fetch)
+
+    def bring(self, group: str, folder: Path) -> bool:
+        """Bring the newest whole entry of `group` to a folder inside `folder`. False if there is
+        none; a line says so if Drive cannot be read."""
+        try:
+            for name in self._names(group):
+                beside = folder / f"{name}.{_unique()}"
+                with self._skipping(f"{group}/{name}"):
+                    path = self.folder / group / name / "manifest.json"
+                    manifest = self._call(read_manifest, path)
+                    self._fetch(f"{group}/{name}", manifest["files"], beside)
+                    write_text(beside / "manifest.json", sealed(manifest))
+                    put_in_place(beside, folder / name)
+                    return True
+                shutil.rmtree(beside, ignore_errors=True)
+        except OSError as error:
+            print(f"Google Drive cannot be read ({reason(error)}): no {group} come from there.")
+        return False
+
+    # what touches Drive, in threads alone
+
+    def _names(self, group: str) -> list[str]:
+        """The folders in `group`, the highest number first."""
+
+        def names():
+            self._check_mounted()
+            with contextlib.suppress(FileNotFoundError):
+                return [path.name for path in (self.folder / group).iterdir() if path.is_dir()]
+            return []
+
+        found = [name for name in self._call(names) if not name.endswith(".partial")]
+        return sorted(found, key=lambda n: (int(re.search(r"\d+|$", n)[0] or 0), n), reverse=True)
+
+    def _fetch(self, entry: str, names: Iterable[str], folder: Path) -> None:
+        """Bring files of `entry` to `folder`. Raises OSError or ValueError for one that is not what
+        the manifest names."""
+
+        def fetch():
+            manifest = read_manifest(self.folder / entry / "manifest.json")
+            for name in names:
+                self._copy(self.folder / entry / name, folder / name)
+            check_files({"files": {name: manifest["files"][name] for name in names}}, folder)
+
+        self._call(fetch)
+
+    def _copy_out(self, entry: str, root: Path, manifest: dict) -> None:
+        folder, old = self.folder / entry, None
+        self._check_mounted()
+        with contextlib.suppress(*DAMAGE):
+            old = read_manifest(folder / "manifest.json")
+        if old and old["files"] != manifest["files"]:
+            shutil.rmtree(folder)  # a checkpoint of another training
+            old = None
+        try:
+            for name in {} if old else manifest["files"]:
+                self._copy(root / name, folder / name)
+            check_files(manifest, root)  # nothing was written there meanwhile
+            if old != manifest:
+                self._write(io.BytesIO(sealed(manifest).encode()), folder / "manifest.json")
+        except DAMAGE:
+            if not old:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if entry.startswith("checkpoints/"):
+            prune(folder.parent, manifest["step"])
+
+    def _remove(self, group: str) -> None:
+        if not self._failed:
+            shutil.rmtree(self.folder / group, ignore_errors=True)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        ordinary(source)
+        with open(source, "rb") as file:
+            self._write(file, target)
+
+    def _write(self, source: BinaryIO, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f"{target.name}.{_unique()}")
+        try:
+            with open(beside, "wb") as file:
+                while chunk := source.read(2**20):
+                    file.write(chunk)
+                    self._moved += len(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise
+
+    def _check_mounted(self) -> None:
+        if not os.path.isdir(self.drive):  # False for a mount that has died, too
+            raise ConnectionError(errno.ENOTCONN, f"{self.drive.name} is no longer mounted")
+
+    # the threads
+
+    def _call(self, function: Callable, *arguments):
+        """What `function` returns, called in a thread. Raises TimeoutError if Drive hangs,
+        ConnectionError if it is gone, and what `function` raises."""
+
+        def call():
+            try:
+                return function(*arguments)
+            except DAMAGE:
+                self._check_mounted()
+                raise
+
+        return self._follow(start(call))
+
+    def _follow(self, future: Future):
+        """The result of `future`, with a bar if it takes long. Raises TimeoutError if no byte moves."""
+        moved, since = self._moved, time.monotonic()
+        with tqdm(desc="Google Drive", unit="B", unit_scale=True, delay=3) as bar:
+            while not future.done():
+                wait([future], 0.5)
+                if self._moved != moved:
+                    bar.update(self._moved - moved)
+                    moved, since = self._moved, time.monotonic()
+                elif time.monotonic() - since > SECONDS and not future.done():
+                    raise TimeoutError(errno.ETIMEDOUT, f"no answer within {SECONDS:g} s")
+        return future.result()
+
+    def _queue(self, key: str, job: Callable[[], None]) -> None:
+        with self._lock:
+            self._jobs.pop(key, None)
+            self._jobs[key] = job
+            if self._worker is None:
+                self._failed.pop("Drive", None)
+                self._worker = Future()  # it must be there before the thread asks whose turn it is
+                start(partial(self._work, self._worker))
+
+    def _work(self, me: Future) -> None:
+        while True:
+            with self._lock:
+                if self._worker is me and not self._jobs:
+                    self._worker = None
+                if self._worker is not me:
+                    break
+                key = next(iter(self._jobs))
+                job = self._jobs.pop(key)
+            try:
+                job()
+                failure = None
+            except DAMAGE as error:
+                failure = reason(error)
+            with self._lock:
+                if self._worker is me and key not in self._jobs:
+                    self._failed.pop(key, None)
+                    if failure:
+                        self._failed[key] = failure
+            if failure in self._failed.values():
+                self._say(failure)
+        me.set_result(None)
+
+    def _say(self, why: str) -> None:
+        if why != self._said:  # once, not with each checkpoint
+            self._said = why
+            print(
+                f"Google Drive does not take this run ({why}). It goes on, whole on this machine's "
+                "own disk, which goes with the runtime. Make room on Drive, or mount it again; "
+                "then run a cell with workspace.push()."
+            )
+
+    @contextlib.contextmanager
+    def _skipping(self, entry: str):
+        """A context that an entry which is not whole leaves with a line."""
+        try:
+            yield
+        except (TimeoutError, ConnectionError, WorkspaceError):
+            raise
+        except DAMAGE as error:
+            print(f"{entry} on Google Drive is not complete ({reason(error)}): skipped.")
+
+
+def _unique() -> str:
+    return f"{uuid.uuid4().hex[:8]}.partial"
