@@ -2,9 +2,12 @@
 lost. The Colab machines are simulated (tests/colab has the package of their runtimes)."""
 
 import contextlib
+import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +19,7 @@ from qlora_helpers import find_workspace, open_workspace
 from qlora_helpers.colab import drive as drive_module
 from qlora_helpers.colab import mirror
 from qlora_helpers.colab.mirror import Mirror
+from qlora_helpers.errors import TrainingStopped
 from qlora_helpers.run import files
 
 LONG = 300  # seconds: what answers does so in time, on a busy machine too
@@ -234,3 +238,144 @@ def test_a_drive_that_fails_loses_nothing(drive, new_machine, monkeypatch, capsy
     new_machine()
     found, config = open_workspace("02_data_subset")
     assert (config.seed, rows(found)) == (3, rows(mine))
+
+
+def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_machine):
+    """The kernel dies at its first change of Drive, at its second, and so on, until it comes through."""
+    new_machine()
+    older = rows(publish(seed=1))
+    found, kill_at, status = [], 0, None
+    while status != 0:
+        kill_at += 1
+        new_machine()
+        if not (child := os.fork()):
+            _push_and_die(kill_at)
+        _, status = os.waitpid(child, 0)
+        new_machine()
+        opened, _ = open_workspace("02_data_subset")  # whose files are checked
+        found.append(rows(opened))
+        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+    newer = [data for data in found if data != older]
+    assert kill_at > 10 and found == [older] * (kill_at - len(newer)) + newer
+    assert found[-1] == b"newer"
+
+
+def _push_and_die(kill_at: int) -> None:
+    changes = 0
+
+    def count(event, arguments):
+        nonlocal changes
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_WRONLY
+        if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            changes += "MyDrive" in str(arguments[0])
+            if changes == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        workspace, config = open_workspace("02_data_subset")
+        sys.addaudithook(count)
+        workspace.write("subset/train.parquet", "newer")
+        workspace.publish("02_data_subset", vars(config), ["subset"], inputs=("01_setup",))
+        workspace.push()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+# Training, on a Drive of any size
+
+
+def _train(tiny: str, stop_at: int | None = None):
+    """01, 02 and 03, as Run all does them; 03 until a step."""
+    stages.set_up(stages.tiny_config(tiny))
+    stages.draw()
+    workspace, config = open_workspace("02_data_subset")
+    trainer = stages.trainer_for(workspace, config, checkpoint_steps=2)
+    if stop_at:
+        stages.stop_at(trainer, stop_at)
+    stages.fit(workspace, trainer)
+    return workspace
+
+
+def test_a_training_goes_on_on_another_machine(new_machine, tiny, tmp_path, capsys):
+    """01 and 02 run again before 03: they write the same, and disturb nothing."""
+    checkpoints = tmp_path / "drive" / "qlora_ag_news" / "cpu" / "checkpoints"
+    new_machine()
+    with pytest.raises(TrainingStopped, match="The checkpoint of step 5 is written") as stopped:
+        _train(tiny, stop_at=5)
+    assert "keep this machine" not in str(stopped.value)  # it was copied
+    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-5", "checkpoint-4"}
+    shutil.copytree(checkpoints / "checkpoint-5", checkpoints / "checkpoint-7")  # torn
+    (checkpoints / "checkpoint-7" / "optimizer.pt").write_bytes(b"")
+    assert "Going on" not in capsys.readouterr().out
+    new_machine()
+    workspace = _train(tiny)
+    workspace.push()
+    said = capsys.readouterr().out
+    assert "checkpoint-7 on Google Drive is not complete (optimizer.pt is not what" in said
+    assert "Going on from the checkpoint of step 5 of 12, written 2" in said
+    assert not checkpoints.exists()  # the training is on Drive
+    new_machine()
+    again = _train(tiny)
+    assert "holds the finished training with these settings" in capsys.readouterr().out
+    history = json.loads((again / "training.json").read_text())
+    assert history == json.loads((workspace / "training.json").read_text())
+    assert len(history["train"]) == 12
+
+
+def test_a_drive_that_hangs_holds_no_step_up(new_machine, tiny, tmp_path, monkeypatch, capsys):
+    """Nothing that is written to Drive ends before the training has."""
+    new_machine()
+    with monkeypatch.context() as patch, _hangs(Mirror, "_write", tmp_path / "drive", patch):
+        workspace = _train(tiny)
+        workspace.push()
+        assert "does not take this run (no answer within 0.3 s)" in capsys.readouterr().out
+    workspace.push()
+    assert "On Google Drive" in capsys.readouterr().out
+    new_machine()
+    opened, _ = open_workspace("03_qlora_training")
+    assert (opened / "training.json").read_bytes() == (workspace / "training.json").read_bytes()
+
+
+def test_checkpoints_stay_on_drive_until_the_training_is_there(
+    new_machine, tiny, tmp_path, patch_write
+):
+    new_machine()
+    patch_write("adapter_model.safetensors")
+    workspace = _train(tiny)
+    workspace.push()
+    folder = tmp_path / "drive" / "qlora_ag_news" / "cpu"
+    assert (folder / "checkpoints").exists() and not list(folder.glob("03_*/*"))
+
+
+@pytest.fixture
+def patch_write(monkeypatch):
+    """A function that makes Drive refuse files of this name."""
+    real = Mirror._write
+
+    def refuse(name):
+        def write(self, source, target):
+            if target.name == name:
+                raise OSError(28, "No space left on device")
+            real(self, source, target)
+
+        monkeypatch.setattr(Mirror, "_write", write)
+
+    return refuse
+
+
+def test_an_earlier_training_can_be_compared_with_on_another_machine(new_machine, tiny, tmp_path):
+    histories = []
+    for seed in (1, 2):
+        new_machine()
+        stages.set_up(stages.tiny_config(tiny, seed=seed))
+        stages.draw()
+        histories.append(json.loads(json.dumps(stages.train())))
+        find_workspace().push()
+    new_machine()
+    workspace, _ = open_workspace("03_qlora_training")
+    assert list(workspace.earlier_json("training.json").values()) == histories[:1]
+    assert workspace.read_json("03_qlora_training", "training.json") == histories[1]
+    assert find_workspace().earlier_json("training.json").keys() == {
+        path.name for path in (workspace / "earlier").iterdir()
+    }

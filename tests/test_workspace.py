@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -295,3 +296,20 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run):
         match="training.json cannot be read .Not an ordinary file.. Run notebooks/03_qlora_training",
     ):
         run.require("03_qlora_training")
+
+
+def test_a_file_is_read_once_while_it_does_not_change(run, monkeypatch):
+    path, read, digest = run / "adapter" / "weights", [], hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind)
+    )
+    os.utime(path, ns=(0, 10**18))  # written long ago
+    for _ in range(3):
+        run.require("03_qlora_training")
+    assert read.count(str(path)) == 1
+    path.write_text("BA")  # a moment ago: the clock of its disk may not show the next change
+    for _ in range(2):
+        with pytest.raises(WorkspaceError, match="weights is not what 03_qlora_training wrote"):
+            run.require("03_qlora_training")
+    path.write_text("AB")
+    run.require("03_qlora_training")

@@ -158,25 +158,33 @@ class Mirror:
         self._call(fetch)
 
     def _copy_out(self, entry: str, root: Path, manifest: dict) -> None:
-        folder, old = self.folder / entry, None
         self._check_mounted()
+        folder, old = self.folder / entry, None
         with contextlib.suppress(*DAMAGE):
             old = read_manifest(folder / "manifest.json")
         if old and old["files"] != manifest["files"]:
             shutil.rmtree(folder)  # a checkpoint of another training
-            old = None
-        try:
-            for name in {} if old else manifest["files"]:
-                self._copy(root / name, folder / name)
-            check_files(manifest, root)  # nothing was written there meanwhile
-            if old != manifest:
-                self._write(io.BytesIO(sealed(manifest).encode()), folder / "manifest.json")
-        except DAMAGE:
-            if not old:
+        if not old or not self._is_there(folder, root, manifest):
+            try:
+                for name in manifest["files"]:
+                    self._copy(root / name, folder / name)
+                check_files(manifest, root)  # nothing was written there meanwhile
+            except DAMAGE:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise
+                raise
+            if not self._is_there(folder, root, manifest):
+                raise OSError(errno.EIO, f"{entry} has lost a file")
+        if old != manifest:
+            self._write(io.BytesIO(sealed(manifest).encode()), folder / "manifest.json")
         if entry.startswith("checkpoints/"):
             prune(folder.parent, manifest["step"])
+
+    def _is_there(self, folder: Path, root: Path, manifest: dict) -> bool:
+        sizes = {name: ordinary(root / name) for name in manifest["files"]}
+        return all(
+            (folder / name).is_file() and ordinary(folder / name) == size
+            for name, size in sizes.items()
+        )
 
     def _remove(self, group: str) -> None:
         if not self._failed:
@@ -284,7 +292,10 @@ class Mirror:
         except (TimeoutError, ConnectionError, WorkspaceError):
             raise
         except DAMAGE as error:
-            print(f"{entry} on Google Drive is not complete ({reason(error)}): skipped.")
+            if not str(getattr(error, "filename", "")).endswith(
+                "manifest.json"
+            ):  # not begun, or going on
+                print(f"{entry} on Google Drive is not complete ({reason(error)}): skipped.")
 
 
 def _unique() -> str:

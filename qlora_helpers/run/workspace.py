@@ -29,6 +29,7 @@ from qlora_helpers.run.files import (
     put_in_place,
     read_file,
     read_manifest,
+    remove,
     sealed,
     sha256,
     write_file,
@@ -74,9 +75,11 @@ class Workspace:
         with contextlib.ExitStack() as held:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                if not (self / ".lock").is_file():
+                    remove(self / ".lock")  # what stands in its place
                 held.enter_context(self._lock)
             except Timeout:
-                holder = note.read_text(encoding="utf-8") if note.is_file() else "not known which"
+                holder = note.read_text("utf-8", "replace") if note.is_file() else "not known which"
                 raise WorkspaceError(
                     f"another notebook is writing to {self.path} ({holder}). Nothing was written. "
                     "Wait for it, or stop it; then run this notebook again."
