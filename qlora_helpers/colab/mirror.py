@@ -29,6 +29,7 @@ from tqdm import tqdm
 from qlora_helpers.colab.machine import start
 from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.run.checkpoints import prune
+from qlora_helpers.run.exchange import adopt, adopt_earlier
 from qlora_helpers.run.files import (
     DAMAGE,
     check_files,
@@ -105,13 +106,13 @@ class Mirror:
             with self._skipping(entry):
                 manifest = self._call(read_manifest, self.folder / entry / "manifest.json")
                 if newest:
-                    workspace.adopt(manifest, partial(self._fetch, entry, manifest["files"]))
+                    adopt(workspace, manifest, partial(self._fetch, entry, manifest["files"]))
                     newest = False
                 if "training.json" not in manifest["files"]:
                     return
                 # an earlier training is there to be compared with: its adapter stays on Drive
                 fetch = partial(self._fetch, entry, ["training.json"])
-                workspace.adopt_earlier(manifest, f"{notebook}-{name}", fetch)
+                adopt_earlier(workspace, manifest, f"{notebook}-{name}", fetch)
 
     def bring(self, group: str, folder: Path) -> bool:
         """Bring the newest whole entry of `group` to a folder inside `folder`. False if there is

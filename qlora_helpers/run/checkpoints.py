@@ -49,9 +49,8 @@ class Checkpoints:
         differs, if it is of a training with another `identity`: its `settings` and its `data`.
         """
         self.identity = json.loads(json.dumps(identity))
-        for path in _inside(self.folder):
-            if path.name.endswith(".partial"):
-                print(f"{path} was not finished when the run that wrote it ended: skipped.")
+        for path in sorted(self.folder.glob("*.partial")):
+            print(f"{path} was not finished when the run that wrote it ended: skipped.")
         found = self._newest()
         if not found and self.mirror and self.mirror.bring("checkpoints", self.folder):
             found = self._newest()
@@ -136,19 +135,9 @@ class Checkpoints:
         )
 
 
-def _inside(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        print(f"{folder} cannot be read ({reason(error)}): a checkpoint in it is not seen.")
-        return []
-
-
 def numbered(folder: Path) -> list[tuple[int, Path]]:
     """The step and the path of each checkpoint in `folder`, complete or not."""
-    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in _inside(folder)]
+    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*")]
     return [(int(match[1]), path) for match, path in named if match]
 
 
@@ -168,7 +157,7 @@ def prune(folder: Path, step: int) -> None:
     left by a run that ended."""
     steps = sorted((number for number, _ in numbered(folder) if number <= step), reverse=True)
     kept = {f"checkpoint-{number}" for number in steps[:KEPT]}
-    for path in _inside(folder):
-        if path.name.startswith("checkpoint-") and path.name not in kept:
+    for path in folder.glob("checkpoint-*"):
+        if path.name not in kept:
             with contextlib.suppress(OSError):
                 remove(path)

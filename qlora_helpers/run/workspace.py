@@ -1,32 +1,22 @@
-"""The folder of a run, and the manifests by which one notebook trusts another's work.
-
-A run lives on the machine's own disk. A mirror, Google Drive's on Colab, holds a copy of what each
-notebook published. Which of two manifests of a notebook is the newer one does not depend on a clock:
-a manifest names the fingerprints of those that it replaces, in `replaces`. The mirror's replaces the
-one here only if it names that one. A copy that is older, half-pushed, or was made without knowing
-of the work here never does.
-"""
+"""The folder of a run, and the manifests by which one notebook trusts another's work."""
 
 import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.exchange import entry_of, push_all
 from qlora_helpers.run.files import (
     DAMAGE,
     cannot_write,
     manifest_of,
-    put_in_place,
     read_file,
     read_manifest,
     remove,
@@ -63,9 +53,8 @@ class Workspace:
 
     def __str__(self) -> str:  # short where it can be, and then the same on every machine
         here = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
-        return (
-            str(self.path.relative_to(here)) if self.path.is_relative_to(here) else str(self.path)
-        )
+        inside = self.path.is_relative_to(here)
+        return str(self.path.relative_to(here) if inside else self.path)
 
     @contextlib.contextmanager
     def hold(self, purpose: str):
@@ -143,14 +132,14 @@ class Workspace:
                 "replaces": self._lineage(notebook, fingerprint),
                 "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             }
-            write_text(self._manifest(notebook), sealed(manifest))
+            write_text(self.manifest_path(notebook), sealed(manifest))
         if self.mirror:
-            self.mirror.push(notebook, _entry(manifest), self.path, manifest)
+            self.mirror.push(notebook, entry_of(manifest), self.path, manifest)
         return manifest
 
     def _lineage(self, notebook: str, fingerprint: str) -> list[str]:
         """The fingerprints that a manifest with this one replaces, oldest first."""
-        old = self._read(notebook)
+        old = self.read(notebook)
         if old is None:
             return self._replaces.get(notebook, [])
         return old["replaces"] + [old["fingerprint"]] * (old["fingerprint"] != fingerprint)
@@ -183,7 +172,7 @@ class Workspace:
     def require(self, notebook: str) -> dict:
         """The manifest of `notebook`, if all that it names is there, unchanged, and made from what is
         there now. Raises WorkspaceError that names the file and the notebook to run."""
-        path, again = self._manifest(notebook), "again" if self.has(notebook) else "first"
+        path, again = self.manifest_path(notebook), "again" if self.has(notebook) else "first"
         remedy = f"Run notebooks/{notebook}.ipynb {again}."
         try:
             manifest = read_manifest(path)
@@ -195,14 +184,15 @@ class Workspace:
         if manifest["notebook"] != notebook:
             raise WorkspaceError(f"{path} is the manifest of {manifest['notebook']}. {remedy}")
         for name, digest in files.items():
+            file = self / name
             try:
-                changed = sha256(self / name) != digest
+                changed = sha256(file) != digest
             except OSError as error:
                 raise WorkspaceError(
-                    f"{self / name} cannot be read ({reason(error)}). {remedy}"
+                    f"{file} cannot be read ({reason(error)}). {remedy}"
                 ) from error
             if changed:
-                raise WorkspaceError(f"{self / name} is not what {notebook} wrote. {remedy}")
+                raise WorkspaceError(f"{file} is not what {notebook} wrote. {remedy}")
         for name, fingerprint in inputs.items():
             if self.require(name)["fingerprint"] != fingerprint:
                 raise WorkspaceError(
@@ -213,11 +203,11 @@ class Workspace:
 
     def has(self, notebook: str) -> bool:
         """True if there is a manifest of `notebook`, whatever it is worth."""
-        return os.path.lexists(self._manifest(notebook))
+        return os.path.lexists(self.manifest_path(notebook))
 
     def is_current(self, notebook: str, config: dict) -> bool:
         """True if `notebook` has published with this very config, and nothing it read or wrote has
-        changed since. Raises WorkspaceError as `fingerprints` does of what was opened."""
+        changed since. Raises WorkspaceError if what was opened has."""
         self.fingerprints(*self.opened)
         try:
             return self.require(notebook)["config"] == json.loads(json.dumps(config))
@@ -237,13 +227,11 @@ class Workspace:
         one. Raises WorkspaceError that names what is wrong and the notebook to run."""
         if self.has(notebook):
             self.require(notebook)
+        path, remedy = self / name, f"Run notebooks/{notebook}.ipynb again."
         try:
-            return json.loads(read_file(self / name))
+            return json.loads(read_file(path))
         except (OSError, ValueError) as error:
-            raise WorkspaceError(
-                f"{self / name} cannot be read ({reason(error)}). Run notebooks/{notebook}.ipynb "
-                "again."
-            ) from error
+            raise WorkspaceError(f"{path} cannot be read ({reason(error)}). {remedy}") from error
 
     def earlier_json(self, name: str) -> dict[str, dict]:
         """The JSON file `name` of each folder in earlier/. One that is damaged is left out, with a
@@ -252,15 +240,12 @@ class Workspace:
         for path in sorted((self / "earlier").glob(f"*/{name}")):
             try:
                 manifest = path.with_name("manifest.json")
-                if os.path.lexists(manifest):
-                    files = read_manifest(manifest)["files"]
-                    if files.get(name) != sha256(path):
-                        raise ValueError("it is not what was set aside")
+                if manifest.exists() and read_manifest(manifest)["files"].get(name) != sha256(path):
+                    raise ValueError("it is not what was set aside")
                 found[path.parent.name] = json.loads(read_file(path))
             except DAMAGE as error:
-                print(
-                    f"{path} is left out: {reason(error)}. Delete its folder if it is not wanted."
-                )
+                why = reason(error)
+                print(f"{path} is left out: {why}. Delete its folder if it is not wanted.")
         return found
 
     def set_aside(self, notebook: str, names: list[str]) -> Path | None:
@@ -269,13 +254,12 @@ class Workspace:
         present = [name for name in names if os.path.lexists(self / name)]
         if not self.has(notebook) or not present:
             return None
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-        earlier = self / "earlier" / f"{notebook}-{stamp}"
+        earlier = self / "earlier" / time.strftime(f"{notebook}-%Y%m%d-%H%M%S", time.gmtime())
         with self.hold(notebook), writing(earlier):
             self._replaces[notebook] = self._lineage(notebook, "")
             earlier.mkdir(parents=True, exist_ok=True)
             # the manifest first: what is left is then unpublished, never half
-            os.replace(self._manifest(notebook), earlier / "manifest.json")
+            os.replace(self.manifest_path(notebook), earlier / "manifest.json")
             for name in present:
                 (earlier / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(self / name, earlier / name)
@@ -290,91 +274,23 @@ class Workspace:
         """Copy to the mirror what it lacks of what was published here, wait for that, and say how it
         ended. Nothing if there is no mirror."""
         if self.mirror:
-            self._push()
+            push_all(self)
             self.mirror.wait()
 
-    def _push(self) -> None:
-        for path in sorted((self / "manifests").glob("*.json")):
-            if manifest := self._read(path.stem):
-                self.mirror.push(path.stem, _entry(manifest), self.path, manifest)
-        for path in sorted((self / "earlier").glob("*/manifest.json")):
-            with contextlib.suppress(*DAMAGE):
-                manifest, folder = read_manifest(path), path.parent
-                if all((folder / name).exists() for name in manifest["files"]):
-                    self.mirror.push(_entry(manifest), _entry(manifest), folder, manifest)
-
     def pull(self) -> None:
-        """Bring what was published elsewhere from the mirror. A line says so if it does not answer,
-        and the run goes on with what is here."""
+        """Bring what was published elsewhere from the mirror, if it answers."""
         if self.mirror:
             with self.hold("reading Google Drive"):
                 self.mirror.pull(self)
-            self._push()
+            push_all(self)
 
-    def adopt(self, theirs: dict, fetch: Callable[[Path], None]) -> None:
-        """Put in place what a mirror holds under the manifest `theirs`, if it replaces what is here.
-
-        Work that was done here without knowing of the mirror's is kept, and replaces it: `theirs` is
-        then named in its manifest.
-
-        Args:
-            theirs: a manifest of the mirror.
-            fetch: a function that brings the files that it names to a folder; it raises OSError or
-                ValueError if they are not whole.
-        """
-        notebook, mine = theirs["notebook"], self._read(theirs["notebook"])
-        known = theirs["replaces"] + [theirs["fingerprint"]]
-        if mine and mine["fingerprint"] not in theirs["replaces"]:
-            if theirs["fingerprint"] not in [*mine["replaces"], mine["fingerprint"]]:
-                new = [one for one in mine["replaces"] if one not in known]
-                mine["replaces"] = known + new
-                write_text(self._manifest(notebook), sealed(mine))
-            return
-        with self._fetched(fetch) as folder, writing(self._manifest(notebook)):
-            if mine:
-                self.set_aside(notebook, list(mine["files"]))
-            for name in theirs["files"]:
-                (self / name).parent.mkdir(parents=True, exist_ok=True)
-                put_in_place(folder / name, self / name)
-            write_text(self._manifest(notebook), sealed(theirs))
-
-    def adopt_earlier(self, theirs: dict, name: str, fetch: Callable[[Path], None]) -> None:
-        """Put in earlier/ what `fetch` brings of an earlier work of a mirror, whose manifest is
-        `theirs`, as the folder `name`, unless it is here."""
-        manifests = [*(self / "earlier").glob("*/manifest.json"), *(self / "manifests").glob("*")]
-        here = set()
-        for path in manifests:
-            with contextlib.suppress(*DAMAGE):
-                here.add(read_manifest(path)["fingerprint"])
-        if theirs["fingerprint"] not in here:
-            with self._fetched(fetch) as folder, writing(self / "earlier" / name):
-                write_text(folder / "manifest.json", sealed(theirs))
-                (self / "earlier").mkdir(exist_ok=True)
-                put_in_place(folder, self / "earlier" / name)
-
-    @contextlib.contextmanager
-    def _fetched(self, fetch: Callable[[Path], None]):
-        # a folder of its own: a call that hung, and was given up, may go on to write there
-        folder = Path(tempfile.mkdtemp(prefix=".pulled-", dir=self.path))
-        try:
-            fetch(folder)
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def _read(self, notebook: str) -> dict | None:
+    def read(self, notebook: str) -> dict | None:
         """The manifest of `notebook`, whatever became of its files; None if it cannot be read."""
         try:
-            manifest = read_manifest(self._manifest(notebook))
+            manifest = read_manifest(self.manifest_path(notebook))
             return manifest if manifest["notebook"] == notebook else None
         except DAMAGE:
             return None
 
-    def _manifest(self, notebook: str) -> Path:
+    def manifest_path(self, notebook: str) -> Path:
         return self / "manifests" / f"{notebook}.json"
-
-
-def _entry(manifest: dict) -> str:
-    """The mirror's folder for what a manifest names. A newer one has a higher number."""
-    number = len(manifest["replaces"]) + 1
-    return f"{manifest['notebook']}/{number:04d}-{manifest['fingerprint'][:12]}"
