@@ -14,7 +14,8 @@ from transformers import MistralConfig
 
 from qlora_helpers.batching import free_gpu_bytes
 from qlora_helpers.colab.drive import without_drive
-from qlora_helpers.colab.machine import bounded, on_colab
+from qlora_helpers.colab.machine import on_colab
+from qlora_helpers.colab.threads import bounded
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import PreflightError, reason
 from qlora_helpers.estimates import (

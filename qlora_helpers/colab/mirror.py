@@ -15,18 +15,13 @@ import io
 import os
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import BinaryIO
 
-from tqdm import tqdm
-
-from qlora_helpers.colab.machine import start
+from qlora_helpers.colab.threads import Background, start
 from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.run.checkpoints import prune
 from qlora_helpers.run.exchange import adopt, adopt_earlier
@@ -49,40 +44,26 @@ class Mirror:
 
     def __init__(self, drive: Path, name: str):
         self.drive, self.folder = drive, drive / "qlora_ag_news" / name
-        self._lock = Lock()  # of what follows
-        self._jobs: dict[str, Callable[[], None]] = {}  # to do, in order
-        self._failed: dict[str, str] = {}  # the reason for each key that Drive did not take
-        self._worker: Future | None = None
-        self._moved, self._said = 0, ""  # bytes; the last reason that was printed
+        self._background = Background(_say)
 
     def push(self, key: str, entry: str, root: Path, manifest: dict) -> None:
         """Copy the files that `manifest` names from `root` to the folder `entry`, in the background.
         This replaces what waits under the same `key`."""
-        self._queue(key, partial(self._copy_out, entry, root, manifest))
+        self._background.queue(key, partial(self._copy_out, entry, root, manifest))
 
     def clear(self, group: str) -> None:
         """Remove the folder `group` in the background, once all that was pushed is on Drive."""
-        self._queue(group, partial(self._remove, group))
+        self._background.queue(group, partial(self._remove, group))
 
     def done(self, seconds: float) -> bool:
         """True if all is on Drive, after waiting for it at most so long."""
-        if worker := self._worker:
-            wait([worker], seconds)
-        return self._worker is None and not self._failed
+        return self._background.done(seconds)
 
     def wait(self) -> None:
         """Wait until all is on Drive, or it hangs, and say how it ended."""
-        worker = self._worker
-        try:
-            if worker:
-                self._follow(worker)
-        except TimeoutError as error:
-            with self._lock:
-                self._worker = None  # it is left to itself, and ends when it finds that out
-                self._failed["Drive"] = reason(error)
-        self._said = ""
-        if self._failed:
-            self._say("; ".join(sorted(set(self._failed.values()))))
+        self._background.finish(SECONDS)
+        if failed := self._background.failed:
+            _say("; ".join(sorted(set(failed.values()))))
         else:
             print(f"On Google Drive: {self.folder.relative_to(self.drive.parent)}")
 
@@ -101,10 +82,8 @@ class Mirror:
 
     def _pull(self, workspace: Workspace, notebook: str) -> None:
         newest = True
-        for name in self._names(notebook):
-            entry = f"{notebook}/{name}"
-            with self._skipping(entry):
-                manifest = self._call(read_manifest, self.folder / entry / "manifest.json")
+        for entry, manifest, skipping in self._entries(notebook):
+            with skipping:
                 if newest:
                     adopt(workspace, manifest, partial(self._fetch, entry, manifest["files"]))
                     newest = False
@@ -112,20 +91,18 @@ class Mirror:
                     return
                 # an earlier training is there to be compared with: its adapter stays on Drive
                 fetch = partial(self._fetch, entry, ["training.json"])
-                adopt_earlier(workspace, manifest, f"{notebook}-{name}", fetch)
+                adopt_earlier(workspace, manifest, entry.replace("/", "-"), fetch)
 
     def bring(self, group: str, folder: Path) -> bool:
         """Bring the newest whole entry of `group` to a folder inside `folder`. False if there is
         none; a line says so if Drive cannot be read."""
         try:
-            for name in self._names(group):
-                beside = folder / f"{name}.{_unique()}"
-                with self._skipping(f"{group}/{name}"):
-                    path = self.folder / group / name / "manifest.json"
-                    manifest = self._call(read_manifest, path)
-                    self._fetch(f"{group}/{name}", manifest["files"], beside)
+            for entry, manifest, skipping in self._entries(group):
+                beside = folder / f"{Path(entry).name}.{_unique()}"
+                with skipping:
+                    self._fetch(entry, manifest["files"], beside)
                     write_text(beside / "manifest.json", sealed(manifest))
-                    put_in_place(beside, folder / name)
+                    put_in_place(beside, folder / Path(entry).name)
                     return True
                 shutil.rmtree(beside, ignore_errors=True)
         except OSError as error:
@@ -145,6 +122,15 @@ class Mirror:
 
         found = [name for name in self._call(names) if not name.endswith(".partial")]
         return sorted(found, key=lambda n: (int(re.search(r"\d+|$", n)[0] or 0), n), reverse=True)
+
+    def _entries(self, group: str) -> Iterator[tuple]:
+        """Each entry of `group` with its manifest, the newest first, and a context that leaves it
+        with a line if it is not whole."""
+        for name in self._names(group):
+            entry = f"{group}/{name}"
+            with self._skipping(entry):
+                manifest = self._call(read_manifest, self.folder / entry / "manifest.json")
+                yield entry, manifest, self._skipping(entry)
 
     def _fetch(self, entry: str, names: Iterable[str], folder: Path) -> None:
         """Bring files of `entry` to `folder`. Raises OSError or ValueError for one that is not what
@@ -188,7 +174,7 @@ class Mirror:
         )
 
     def _remove(self, group: str) -> None:
-        if not self._failed:
+        if not self._background.failed.keys() - {group}:
             shutil.rmtree(self.folder / group, ignore_errors=True)
 
     def _copy(self, source: Path, target: Path) -> None:
@@ -203,7 +189,7 @@ class Mirror:
             with open(beside, "wb") as file:
                 while chunk := source.read(2**20):
                     file.write(chunk)
-                    self._moved += len(chunk)
+                    self._background.moved += len(chunk)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, target)
@@ -216,8 +202,6 @@ class Mirror:
         if not os.path.isdir(self.drive):  # False for a mount that has died, too
             raise ConnectionError(errno.ENOTCONN, f"{self.drive.name} is no longer mounted")
 
-    # the threads
-
     def _call(self, function: Callable, *arguments):
         """What `function` returns, called in a thread. Raises TimeoutError if Drive hangs,
         ConnectionError if it is gone, and what `function` raises."""
@@ -229,61 +213,7 @@ class Mirror:
                 self._check_mounted()
                 raise
 
-        return self._follow(start(call))
-
-    def _follow(self, future: Future):
-        """The result of `future`, with a bar if it takes long. Raises TimeoutError if no byte moves."""
-        moved, since = self._moved, time.monotonic()
-        with tqdm(desc="Google Drive", unit="B", unit_scale=True, delay=3) as bar:
-            while not future.done():
-                wait([future], 0.5)
-                if self._moved != moved:
-                    bar.update(self._moved - moved)
-                    moved, since = self._moved, time.monotonic()
-                elif time.monotonic() - since > SECONDS and not future.done():
-                    raise TimeoutError(errno.ETIMEDOUT, f"no answer within {SECONDS:g} s")
-        return future.result()
-
-    def _queue(self, key: str, job: Callable[[], None]) -> None:
-        with self._lock:
-            self._jobs.pop(key, None)
-            self._jobs[key] = job
-            if self._worker is None:
-                self._failed.pop("Drive", None)
-                self._worker = Future()  # it must be there before the thread asks whose turn it is
-                start(partial(self._work, self._worker))
-
-    def _work(self, me: Future) -> None:
-        while True:
-            with self._lock:
-                if self._worker is me and not self._jobs:
-                    self._worker = None
-                if self._worker is not me:
-                    break
-                key = next(iter(self._jobs))
-                job = self._jobs.pop(key)
-            try:
-                job()
-                failure = None
-            except DAMAGE as error:
-                failure = reason(error)
-            with self._lock:
-                if self._worker is me and key not in self._jobs:
-                    self._failed.pop(key, None)
-                    if failure:
-                        self._failed[key] = failure
-            if failure in self._failed.values():
-                self._say(failure)
-        me.set_result(None)
-
-    def _say(self, why: str) -> None:
-        if why != self._said:  # once, not with each checkpoint
-            self._said = why
-            print(
-                f"Google Drive does not take this run ({why}). It goes on, whole on this machine's "
-                "own disk, which goes with the runtime. Make room on Drive, or mount it again; "
-                "then run a cell with workspace.push()."
-            )
+        return self._background.follow(start(call), SECONDS)
 
     @contextlib.contextmanager
     def _skipping(self, entry: str):
@@ -293,10 +223,17 @@ class Mirror:
         except (TimeoutError, ConnectionError, WorkspaceError):
             raise
         except DAMAGE as error:
-            if not str(getattr(error, "filename", "")).endswith(
-                "manifest.json"
-            ):  # not begun, or going on
+            missing = isinstance(error, FileNotFoundError) and Path(error.filename).name
+            if missing != "manifest.json":  # else it is on its way, or broke off
                 print(f"{entry} on Google Drive is not complete ({reason(error)}): skipped.")
+
+
+def _say(why: str) -> None:
+    print(
+        f"Google Drive does not take this run ({why}). It goes on, whole on this machine's own disk, "
+        "which goes with the runtime. Make room on Drive, or mount it again; then run a cell with "
+        "workspace.push()."
+    )
 
 
 def _unique() -> str:
