@@ -240,6 +240,21 @@ def test_a_drive_that_fails_loses_nothing(drive, new_machine, monkeypatch, capsy
     assert (config.seed, rows(found)) == (3, rows(mine))
 
 
+def test_settings_that_come_back_are_newer_than_those_between(drive, new_machine, monkeypatch):
+    """What 01 and 02 write for seed 1 is the same the second time; Drive has what was between."""
+    content = new_machine()
+    for seed in (1, 2):
+        publish(seed)
+    with full(lambda: content, drive, monkeypatch):
+        publish(seed=1)
+    for _ in range(2):
+        workspace, config = open_workspace("02_data_subset")
+        assert config.seed == 1 and not (workspace / "earlier").exists()
+    workspace.push()
+    new_machine()
+    assert open_workspace("02_data_subset")[1].seed == 1
+
+
 def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_machine):
     """The kernel dies at its first change of Drive, at its second, and so on, until it comes through."""
     new_machine()

@@ -2,9 +2,9 @@
 
 A run lives on the machine's own disk. The mirror, Google Drive's on Colab, holds a copy of what each
 notebook published. Which of two manifests of a notebook is the newer one does not depend on a clock:
-a manifest names the fingerprints of those that it replaces, in `replaces`. The mirror's replaces the
-one here only if it names that one. A copy that is older, half-pushed, or was made without knowing
-of the work here never does.
+a manifest names the versions that it replaces, in `replaces`. The mirror's replaces the one here only
+if it names that one. A copy that is older, half-pushed, or was made without knowing of the work here
+never does.
 """
 
 import contextlib
@@ -23,10 +23,14 @@ from qlora_helpers.run.files import (
 )
 
 
+def version_of(manifest: dict) -> str:
+    """The version of a manifest: how many there are with those before it, and what it names."""
+    return f"{len(manifest['replaces']) + 1:04d}-{manifest['fingerprint'][:12]}"
+
+
 def entry_of(manifest: dict) -> str:
-    """The mirror's folder for what a manifest names. A newer one has a higher number."""
-    number = len(manifest["replaces"]) + 1
-    return f"{manifest['notebook']}/{number:04d}-{manifest['fingerprint'][:12]}"
+    """The mirror's folder for what a manifest names."""
+    return f"{manifest['notebook']}/{version_of(manifest)}"
 
 
 def push_all(workspace) -> None:
@@ -46,9 +50,13 @@ def adopt(workspace, theirs: dict, fetch: Callable[[Path], None]) -> None:
     if that replaces what is here. Work that was done here without knowing of it is kept and replaces
     it: its manifest then names `theirs`."""
     mine, path = workspace.read(theirs["notebook"]), workspace.manifest_path(theirs["notebook"])
-    known = theirs["replaces"] + [theirs["fingerprint"]]
-    if mine and mine["fingerprint"] not in theirs["replaces"]:
-        if known[-1] not in [*mine["replaces"], mine["fingerprint"]]:
+    if mine and mine["fingerprint"] == theirs["fingerprint"]:  # the same work
+        if len(mine["replaces"]) < len(theirs["replaces"]):
+            write_text(path, sealed(theirs))
+        return
+    if mine and version_of(mine) not in theirs["replaces"]:
+        if version_of(theirs) not in mine["replaces"]:
+            known = [*theirs["replaces"], version_of(theirs)]
             mine["replaces"] = known + [one for one in mine["replaces"] if one not in known]
             write_text(path, sealed(mine))
         return

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.run.checkpoints import Checkpoints
-from qlora_helpers.run.exchange import entry_of, push_all
+from qlora_helpers.run.exchange import entry_of, push_all, version_of
 from qlora_helpers.run.files import (
     DAMAGE,
     cannot_write,
@@ -117,7 +117,7 @@ class Workspace:
                 manifest = manifest_of(self.path, names)
             except OSError as error:
                 raise WorkspaceError(
-                    f"{error.filename} cannot be published ({reason(error)}). Run "
+                    f"{error.filename or self.path} cannot be published ({reason(error)}). Run "
                     f"notebooks/{notebook}.ipynb again."
                 ) from error
             config = json.loads(json.dumps(config))
@@ -138,11 +138,13 @@ class Workspace:
         return manifest
 
     def _lineage(self, notebook: str, fingerprint: str) -> list[str]:
-        """The fingerprints that a manifest with this one replaces, oldest first."""
+        """The versions that a manifest with this fingerprint replaces, oldest first."""
         old = self.read(notebook)
         if old is None:
             return self._replaces.get(notebook, [])
-        return old["replaces"] + [old["fingerprint"]] * (old["fingerprint"] != fingerprint)
+        if old["fingerprint"] == fingerprint:
+            return old["replaces"]
+        return [*old["replaces"], version_of(old)]
 
     def open(self, *notebooks: str) -> str:
         """Require 01_setup and each of `notebooks`, remember what they published, and return the text
