@@ -19,7 +19,7 @@ from qlora_helpers import find_workspace, open_workspace
 from qlora_helpers.colab import drive as drive_module
 from qlora_helpers.colab import mirror
 from qlora_helpers.colab.mirror import Mirror
-from qlora_helpers.errors import TrainingStopped
+from qlora_helpers.errors import TrainingStopped, WorkspaceError
 from qlora_helpers.run import files
 
 LONG = 300  # seconds: what answers does so in time, on a busy machine too
@@ -238,6 +238,18 @@ def test_a_drive_that_fails_loses_nothing(drive, new_machine, monkeypatch, capsy
     new_machine()
     found, config = open_workspace("02_data_subset")
     assert (config.seed, rows(found)) == (3, rows(mine))
+
+
+def test_a_run_that_cannot_be_read_is_not_said_to_be_missing(new_machine, tmp_path, monkeypatch):
+    new_machine()
+    publish(seed=1)
+    new_machine()
+    with (
+        monkeypatch.context() as patch,
+        _hangs(mirror, "read_manifest", tmp_path / "drive", patch),
+        pytest.raises(WorkspaceError, match=r"without Drive \(no answer within 0.3 s\).*Restart"),
+    ):
+        open_workspace("02_data_subset")
 
 
 def test_settings_that_come_back_are_newer_than_those_between(drive, new_machine, monkeypatch):

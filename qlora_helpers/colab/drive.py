@@ -48,13 +48,14 @@ def open_workspace(*notebooks: str) -> tuple[Workspace, RunConfig]:
     try:
         config = RunConfig.from_json(workspace.open(*notebooks))
     except WorkspaceError as error:
-        if not _without:
+        without = _without or (workspace.mirror and workspace.mirror.unread)
+        if not without:
             raise
         manifests = sorted((workspace / "manifests").glob("*.json"))
         found = ", ".join(path.stem for path in manifests) or "no run"
         raise WorkspaceError(
             f"{error} A run on Google Drive cannot be seen from here, since this machine is without "
-            f"Drive ({_without}); on its own disk there is {found}. If the run is on Drive: Runtime > "
+            f"Drive ({without}); on its own disk there is {found}. If the run is on Drive: Runtime > "
             "Restart session and run all, and allow Drive this time."
         ) from error
     config.check_environment()

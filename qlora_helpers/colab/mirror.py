@@ -44,6 +44,7 @@ class Mirror:
 
     def __init__(self, drive: Path, name: str):
         self.drive, self.folder = drive, drive / "qlora_ag_news" / name
+        self.unread: str | None = None  # why `pull` could not read it
         self._background = Background(_say)
 
     def push(self, key: str, entry: str, root: Path, manifest: dict) -> None:
@@ -75,8 +76,9 @@ class Mirror:
                 if notebook != "checkpoints":
                     self._pull(workspace, notebook)
         except OSError as error:
+            self.unread = reason(error)
             print(
-                f"Google Drive cannot be read ({reason(error)}): what is there stays there, and "
+                f"Google Drive cannot be read ({self.unread}): what is there stays there, and "
                 f"this run goes on with what is in {workspace}."
             )
 
