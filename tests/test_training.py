@@ -276,7 +276,7 @@ def test_the_time_left_is_that_of_the_recent_steps_and_the_validations_to_come(
     clock, said = [0.0], []
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     watch = prepared().watch
-    watch.panel = SimpleNamespace(live=lambda history, status: said.append(status))
+    watch.show = lambda history, status: said.append(status)
     state = SimpleNamespace(global_step=0, max_steps=20, num_train_epochs=2, log_history=[])
     watch.on_train_begin()
 
@@ -314,7 +314,7 @@ def test_the_time_left_is_that_of_the_recent_steps_and_the_validations_to_come(
 
 def test_the_panel_is_told_the_time_left_of_a_real_training(prepared):
     trainer, said = prepared(), []
-    trainer.watch.panel = SimpleNamespace(live=lambda history, status: said.append(status))
+    trainer.watch.show = lambda history, status: said.append(status)
     trainer.train()
     assert (
         len(
