@@ -20,16 +20,16 @@ _without: str | None = None  # why this process does without Drive, once that is
 def find_workspace(drive: bool | None = None) -> Workspace:
     """Return the workspace of this run, in `workspace_folder`.
 
-    On a Colab machine Drive is asked for, unless `drive` (or QLORA_DRIVE, which wins) says no: it is
-    then the workspace's mirror, and what was published elsewhere is brought from there.
+    On a Colab machine Drive is asked for, unless `drive` (or QLORA_DRIVE, which wins) says no: it
+    is then the workspace's mirror, and what was published elsewhere is brought from there.
 
     Raises: ConfigError for a QLORA_WORKSPACE on Drive or a QLORA_DRIVE that is neither 0 nor 1.
     """
     path = workspace_folder()
     if Path(os.path.abspath(path)).is_relative_to(machine.CONTENT / "drive"):
         raise ConfigError(
-            f"QLORA_WORKSPACE is {path}, on Google Drive. A run lives on the machine's own disk: name "
-            f"runs/{path.name}, and Drive keeps a copy of it in qlora_ag_news/{path.name}."
+            f"QLORA_WORKSPACE is {path}, on Google Drive. A run lives on the machine's own disk: "
+            f"name runs/{path.name}, and Drive keeps a copy of it in qlora_ag_news/{path.name}."
         )
     ask_for_drive(drive)
     folder = my_drive()
@@ -54,9 +54,9 @@ def open_workspace(*notebooks: str) -> tuple[Workspace, RunConfig]:
         manifests = sorted((workspace / "manifests").glob("*.json"))
         found = ", ".join(path.stem for path in manifests) or "no run"
         raise WorkspaceError(
-            f"{error} A run on Google Drive cannot be seen from here, since this machine is without "
-            f"Drive ({without}); on its own disk there is {found}. If the run is on Drive: Runtime > "
-            "Restart session and run all, and allow Drive this time."
+            f"{error} A run on Google Drive cannot be seen from here, since this machine is "
+            f"without Drive ({without}); on its own disk there is {found}. If the run is on Drive: "
+            "Runtime > Restart session and run all, and allow Drive this time."
         ) from error
     config.check_environment()
     use_token(config)
@@ -77,8 +77,8 @@ def my_drive() -> Path | None:
 def ask_for_drive(wanted: bool | None = None) -> None:
     """On Colab, mount Google Drive: its dialog is the reader's to accept, to decline, or to leave.
 
-    Without it a line says so, and why. Nothing is asked twice, nor where QLORA_DRIVE, else `wanted`,
-    says no. Raises ConfigError for a QLORA_DRIVE that is neither 0 nor 1.
+    Without it a line says so, and why. Nothing is asked twice, nor where QLORA_DRIVE, else
+    `wanted`, says no. Raises ConfigError for a QLORA_DRIVE that is neither 0 nor 1.
     """
     global _without
     if wanted is not None:  # a form's answer: this is a new question

@@ -40,7 +40,8 @@ SECONDS = 120  # without a byte: Drive hangs
 
 
 class Mirror:
-    """A run's copy in the folder qlora_ag_news/`name` of `drive`, which is where Drive is mounted."""
+    """A run's copy in the folder qlora_ag_news/`name` of `drive`, which is where Drive is
+    mounted."""
 
     def __init__(self, drive: Path, name: str):
         self.drive, self.folder = drive, drive / "qlora_ag_news" / name
@@ -48,8 +49,8 @@ class Mirror:
         self._background = Background(_say)
 
     def push(self, key: str, entry: str, root: Path, manifest: dict) -> None:
-        """Copy the files that `manifest` names from `root` to the folder `entry`, in the background.
-        This replaces what waits under the same `key`."""
+        """Copy the files that `manifest` names from `root` to the folder `entry`, in the
+        background. This replaces what waits under the same `key`."""
         self._background.queue(key, partial(self._copy_out, entry, root, manifest))
 
     def clear(self, group: str) -> None:
@@ -69,8 +70,8 @@ class Mirror:
             print(f"On Google Drive: {self.folder.relative_to(self.drive.parent)}")
 
     def pull(self, workspace: Workspace) -> None:
-        """Have `workspace` adopt what each notebook published here. A line says so if Drive cannot be
-        read."""
+        """Have `workspace` adopt what each notebook published here. A line says so if Drive cannot
+        be read."""
         try:
             for notebook in self._names(""):
                 if notebook != "checkpoints":
@@ -232,9 +233,9 @@ class Mirror:
 
 def _say(why: str) -> None:
     print(
-        f"Google Drive does not take this run ({why}). It goes on, whole on this machine's own disk, "
-        "which goes with the runtime. Make room on Drive, or mount it again; then run a cell with "
-        "workspace.push()."
+        f"Google Drive does not take this run ({why}). It goes on, whole on this machine's own "
+        "disk, which goes with the runtime. Make room on Drive, or mount it again; then run a cell "
+        "with workspace.push()."
     )
 
 

@@ -28,8 +28,8 @@ def start(function: Callable) -> Future:
 
 
 def bounded(function: Callable, seconds: float):
-    """What `function` returns or raises. Raises TimeoutError after `seconds`; what it does meanwhile
-    is then left to itself."""
+    """What `function` returns or raises. Raises TimeoutError after `seconds`; what it does
+    meanwhile is then left to itself."""
     future = start(function)
     try:
         return future.result(seconds)

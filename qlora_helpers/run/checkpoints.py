@@ -101,7 +101,7 @@ class Checkpoints:
 
     def prepare(self) -> None:
         """Raise WorkspaceError now, not after hours of training, if nothing can be written here."""
-        note = "Checkpoints of a training that is not finished. To start it over, delete this folder.\n"
+        note = "The checkpoints of an unfinished training. To start it over, delete this folder.\n"
         with writing(self.folder):
             write_text(self.folder / "note.txt", note)
 

@@ -1,10 +1,10 @@
 """What a workspace gives to its mirror and takes from it.
 
-A run lives on the machine's own disk. The mirror, Google Drive's on Colab, holds a copy of what each
-notebook published. Which of two manifests of a notebook is the newer one does not depend on a clock:
-a manifest names the versions that it replaces, in `replaces`. The mirror's replaces the one here only
-if it names that one. A copy that is older, half-pushed, or was made without knowing of the work here
-never does.
+A run lives on the machine's own disk. The mirror, Google Drive's on Colab, holds a copy of what
+each notebook published. Which of two manifests of a notebook is the newer one does not depend on a
+clock: a manifest names the versions that it replaces, in `replaces`. The mirror's replaces the one
+here only if it names that one. A copy that is older, half-pushed, or was made without knowing of
+the work here never does.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ def push_all(workspace) -> None:
 
 
 def adopt(workspace, theirs: dict, fetch: Callable[[Path], None]) -> None:
-    """Put in place what `fetch` brings to a folder, which `theirs`, a manifest of the mirror, names,
-    if that replaces what is here. Work that was done here without knowing of it is kept and replaces
-    it: its manifest then names `theirs`."""
+    """Put in place what `fetch` brings to a folder, which `theirs`, a manifest of the mirror,
+    names, if that replaces what is here. Work that was done here without knowing of it is kept and
+    replaces it: its manifest then names `theirs`."""
     mine, path = workspace.read(theirs["notebook"]), workspace.manifest_path(theirs["notebook"])
     if mine and mine["fingerprint"] == theirs["fingerprint"]:  # the same work
         if len(mine["replaces"]) < len(theirs["replaces"]):

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, and manifests that say what a whole set of files is.
 
-A manifest is a JSON file that is written last. It holds the SHA-256 of each file that it names, and a
-seal: the SHA-256 of its own content. What is torn or was changed afterwards is found by either.
+A manifest is a JSON file that is written last. It holds the SHA-256 of each file that it names, and
+a seal: the SHA-256 of its own content. What is torn or was changed afterwards is found by either.
 """
 
 import contextlib
@@ -114,8 +114,8 @@ def read_file(path: Path) -> bytes:
 
 
 def ordinary(path: Path) -> int:
-    """The size of a file in bytes. Raises OSError for anything else that stands in its place: a pipe would
-    be waited for."""
+    """The size of a file in bytes. Raises OSError for anything else that stands in its place: a
+    pipe would be waited for."""
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
         folder = stat.S_ISDIR(facts.st_mode)
@@ -140,8 +140,8 @@ def sha256(path: Path) -> str:
 
 
 def manifest_of(root: Path, names: Iterable[str], **content) -> dict:
-    """A manifest: `content`, and the SHA-256 of each of the files `names` of the folder `root`, which
-    are flushed to the disk. Raises OSError for one that cannot be read."""
+    """A manifest: `content`, and the SHA-256 of each of the files `names` of the folder `root`,
+    which are flushed to the disk. Raises OSError for one that cannot be read."""
     files = {}
     for name in names:
         files[name] = sha256(root / name)
@@ -163,7 +163,8 @@ def read_manifest(path: Path) -> dict:
 
 
 def check_files(manifest: dict, root: Path) -> None:
-    """Raise OSError or ValueError unless `root` holds the files that `manifest` names, unchanged."""
+    """Raise OSError or ValueError unless `root` holds the files that `manifest` names,
+    unchanged."""
     for name, digest in manifest["files"].items():
         if sha256(root / name) != digest:
             raise ValueError(f"{name} is not what its manifest names")

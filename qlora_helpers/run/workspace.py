@@ -82,8 +82,8 @@ class Workspace:
             yield
 
     def write(self, name: str, data: bytes | str) -> None:
-        """Write the file `name`, whole or not at all. Raises WorkspaceError if it cannot be written,
-        or if another process is writing here."""
+        """Write the file `name`, whole or not at all. Raises WorkspaceError if it cannot be
+        written, or if another process is writing here."""
         with self.hold(name):
             write_file(self / name, data.encode() if isinstance(data, str) else data)
 
@@ -147,8 +147,8 @@ class Workspace:
         return [*old["replaces"], version_of(old)]
 
     def open(self, *notebooks: str) -> str:
-        """Require 01_setup and each of `notebooks`, remember what they published, and return the text
-        of config.json. Raises WorkspaceError that names the notebook to run."""
+        """Require 01_setup and each of `notebooks`, remember what they published, and return the
+        text of config.json. Raises WorkspaceError that names the notebook to run."""
         found = {name: self.require(name) for name in ("01_setup", *notebooks)}
         for name, manifest in found.items():
             if manifest["config"] != found["01_setup"]["config"]:
@@ -172,8 +172,8 @@ class Workspace:
         return found
 
     def require(self, notebook: str) -> dict:
-        """The manifest of `notebook`, if all that it names is there, unchanged, and made from what is
-        there now. Raises WorkspaceError that names the file and the notebook to run."""
+        """The manifest of `notebook`, if all that it names is there, unchanged, and made from what
+        is there now. Raises WorkspaceError that names the file and the notebook to run."""
         path, again = self.manifest_path(notebook), "again" if self.has(notebook) else "first"
         remedy = f"Run notebooks/{notebook}.ipynb {again}."
         try:
@@ -225,8 +225,8 @@ class Workspace:
         return self.read_json(notebook, name)
 
     def read_json(self, notebook: str, name: str) -> dict:
-        """What `notebook` wrote to the JSON file `name`, checked by its manifest if it has published
-        one. Raises WorkspaceError that names what is wrong and the notebook to run."""
+        """What `notebook` wrote to the JSON file `name`, checked by its manifest if it has
+        published one. Raises WorkspaceError that names what is wrong and the notebook to run."""
         if self.has(notebook):
             self.require(notebook)
         path, remedy = self / name, f"Run notebooks/{notebook}.ipynb again."
@@ -251,8 +251,8 @@ class Workspace:
         return found
 
     def set_aside(self, notebook: str, names: list[str]) -> Path | None:
-        """Move what `notebook` published as `names` to a new folder in earlier/, and return it; None
-        if there is nothing. Raises WorkspaceError."""
+        """Move what `notebook` published as `names` to a new folder in earlier/, and return it;
+        None if there is nothing. Raises WorkspaceError."""
         present = [name for name in names if os.path.lexists(self / name)]
         if not self.has(notebook) or not present:
             return None
@@ -273,8 +273,8 @@ class Workspace:
         return Checkpoints(self / "checkpoints", self.hold, self.mirror)
 
     def push(self) -> None:
-        """Copy to the mirror what it lacks of what was published here, wait for that, and say how it
-        ended. Nothing if there is no mirror."""
+        """Copy to the mirror what it lacks of what was published here, wait for that, and say how
+        it ended. Nothing if there is no mirror."""
         if self.mirror:
             push_all(self)
             self.mirror.wait()
