@@ -19,8 +19,9 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     # 01_setup
     "config": ("LABELS", "RunConfig"),
     "doctor": ("examine", "findings_table", "require_ok"),
-    "workspace": ("Workspace", "open_workspace"),
-    "files": ("write_text",),
+    "colab.drive": ("find_workspace", "open_workspace"),
+    "run.workspace": ("Workspace",),
+    "run.files": ("write_text",),
     # 02_data_subset
     "texts": ("clean_text",),
     "data": ("SPLITS", "draw_subset", "load_rows", "text_rules"),

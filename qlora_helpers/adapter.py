@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError, reason
-from qlora_helpers.files import copy_folder, writing
 from qlora_helpers.hub import fetch
 from qlora_helpers.model import fused
 from qlora_helpers.prompts import TEMPLATE
+from qlora_helpers.run.files import copy_folder, writing
 
 SETTINGS, WEIGHTS = "qlora_config.json", "adapter_model.safetensors"
 _REMEDY = "Take the whole folder that notebooks/03_qlora_training.ipynb writes, or run that again."

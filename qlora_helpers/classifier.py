@@ -15,12 +15,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qlora_helpers.adapter import find_adapter, load_adapter, read_settings, read_temperature
-from qlora_helpers.config import RunConfig
+from qlora_helpers.config import RunConfig, workspace_folder
 from qlora_helpers.errors import DataError, ModelError, QLoraError
 from qlora_helpers.model import load_base_model, load_tokenizer
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.scoring import label_probabilities
 from qlora_helpers.texts import clean_text, tidy_text
-from qlora_helpers.workspace import open_workspace
 
 MOST_WORDS = 40  # of a text whose words are left out one by one: a forward pass each
 _ROWS_AT_ONCE = 8192  # tokenised together: a hundred thousand rows would take gigabytes
@@ -54,9 +54,11 @@ class HeadlineClassifier:
 
     @classmethod
     def from_workspace(cls, path: str | os.PathLike | None = None) -> "HeadlineClassifier":
-        """The tuned model of a run's workspace, `path` or where `open_workspace` finds it, with 04's temperature if 04 has run.
-        Raises what that raises, WorkspaceError if 04 ran for another adapter, and ModelError."""
-        workspace, config = open_workspace("03_qlora_training", path=path)
+        """The tuned model of a run's workspace, `path` or `workspace_folder`, with 04's temperature if 04 has run.
+        Raises WorkspaceError that names the notebook to run, ConfigError if the environment asks for other settings, and ModelError."""
+        workspace = Workspace(path or workspace_folder())
+        config = RunConfig.from_json(workspace.open("03_qlora_training"))
+        config.check_environment()
         calibration = workspace.find_json("04_evaluation", "adapter/calibration.json")
         return cls._load(
             workspace / "adapter", config, calibration["temperature"] if calibration else 1.0

@@ -199,6 +199,12 @@ def project_folder() -> Path:
     return here.parent if here.name == "notebooks" else here
 
 
+def workspace_folder() -> Path:
+    """Return where a run lives: $QLORA_WORKSPACE, else runs/<profile>."""
+    named = os.environ.get("QLORA_WORKSPACE")
+    return project_folder() / (named or f"runs/{default_profile()}")
+
+
 def _of_labelled_csv(data: str, defaults: dict, choices: dict) -> dict:
     """The labels of a CSV file, and sizes that it can fill: a fifth to test, a tenth to validate, at most as many as the profile has."""
     rows = read_labelled_csv(Path(data))

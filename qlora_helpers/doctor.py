@@ -12,9 +12,11 @@ from huggingface_hub import constants
 from pandas.io.formats.style import Styler
 from transformers import MistralConfig
 
-from qlora_helpers.colab import on_colab, on_drive, without_drive
+from qlora_helpers.colab.drive import without_drive
+from qlora_helpers.colab.machine import on_colab
+from qlora_helpers.colab.threads import bounded
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
-from qlora_helpers.errors import PreflightError
+from qlora_helpers.errors import PreflightError, reason
 from qlora_helpers.estimates import (
     ModelSize,
     bytes_written,
@@ -24,12 +26,12 @@ from qlora_helpers.estimates import (
     rows_on_cpu,
 )
 from qlora_helpers.fast.plan import free_gpu_bytes
-from qlora_helpers.files import nearest
 from qlora_helpers.hub_token import Token, needs_hub, use_token
 from qlora_helpers.model import compute_dtype
 from qlora_helpers.reach import MISTRALS, reach
+from qlora_helpers.run.files import nearest
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.versions import check_versions
-from qlora_helpers.workspace import Workspace
 
 CHOOSE_T4 = "Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
 _COLOURS = {
@@ -186,25 +188,35 @@ def _disks(
     ):
         least = max((download or 0) + written if shared else needed or 0, 5 * 10**7)
         free = shutil.disk_usage(nearest(folder)).free
-        verdict = (
-            "ok"
-            if free > 1.5 * least
-            else "warning"
-            if free > least or on_drive(folder)
-            else "stop"
-        )
+        verdict = "ok" if free > 1.5 * least else "warning" if free > least else "stop"
         remedy = (
             f"Make room for {least / 1e9:.1f} GB and half as much again." if verdict != "ok" else ""
         )
-        if remedy and on_drive(folder):
-            remedy += " When Drive is full, the run goes on on this machine's own disk."
         said = f"{'an unknown amount' if needed is None else f'{needed / 1e9:.2f} GB'} {what}"
         found.append(Finding(area, f"{free / 1e9:.1f} GB free, {said}", verdict, remedy))
-    return found
+    return found + _drive(workspace, written)
+
+
+def _drive(workspace: Workspace, written: int) -> list[Finding]:
+    if not workspace.mirror:
+        return []
+    area = "disk, Google Drive"
+    try:
+        free = bounded(lambda: shutil.disk_usage(workspace.mirror.drive).free, 10)
+    except OSError as error:
+        return [
+            Finding(area, f"not known ({reason(error)})", "warning", "The run goes on without.")
+        ]
+    remedy = (
+        f"Make room for {1.5 * written / 1e9:.1f} GB. When Drive is full, the run goes on on this "
+        "machine's own disk."
+    )
+    verdict = ("ok", "") if free > 1.5 * written else ("warning", remedy)
+    return [Finding(area, f"{free / 1e9:.1f} GB free, {written / 1e9:.2f} GB to copy", *verdict)]
 
 
 def _workspace(workspace: Workspace) -> Finding:
-    if on_colab() and not on_drive(workspace.path):
+    if on_colab() and not workspace.mirror:
         why = f" ({without_drive()})" if without_drive() else ""
         return Finding(
             "workspace",
@@ -213,9 +225,8 @@ def _workspace(workspace: Workspace) -> Finding:
             "The other notebooks get machines of their own and "
             "will not find it: Runtime > Restart session and run all, and allow Google Drive.",
         )
-    return Finding(
-        "workspace", f"{workspace}" + (", on Google Drive" if on_drive(workspace.path) else "")
-    )
+    copied = ", copied to Google Drive" if workspace.mirror else ""
+    return Finding("workspace", f"{workspace}{copied}")
 
 
 def _plan(config: RunConfig, size: ModelSize | None) -> Finding:

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from qlora_helpers.adapter import SETTINGS, WEIGHTS, settings_json
 from qlora_helpers.classifier import HeadlineClassifier
+from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.files import cannot_write, nearest, write_file
-from qlora_helpers.workspace import Workspace, open_workspace
+from qlora_helpers.run.files import cannot_write, nearest, write_file
+from qlora_helpers.run.workspace import Workspace
 
 _ROOM = 10**9  # bytes of disk and of host memory beside what is written
 
@@ -30,7 +31,7 @@ def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:
     """Write the adapter of `workspace` to the zip file `path`, its weights in float16: half the size, and all that
     `HeadlineClassifier.from_adapter` needs once unpacked. Raises ModelError for weights that float16 cannot hold, WorkspaceError if the
     file cannot be written."""
-    _, config = open_workspace("03_qlora_training", path=workspace.path)
+    config = RunConfig.from_json(workspace.open("03_qlora_training"))
     folder, path = workspace / "adapter", Path(path)
     weights = {
         name: tensor.to(torch.float16).contiguous()

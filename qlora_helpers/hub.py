@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import logging, tqdm
 
-from qlora_helpers.bounded import start
+from qlora_helpers.colab.threads import start
 from qlora_helpers.errors import QLoraError
 
 ANSWER_SECONDS = 8  # for the list of files

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from huggingface_hub import get_token
 
-from qlora_helpers.bounded import bounded
-from qlora_helpers.colab import on_colab
+from qlora_helpers.colab.machine import on_colab
+from qlora_helpers.colab.threads import bounded
 from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import reason
 

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
-from qlora_helpers.files import reason
+from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.files import reason
 
 
 class _Due(TrainerCallback):
@@ -129,10 +129,10 @@ class ResumableTrainer(Trainer):
         self.put(load_file(Path(resume_from_checkpoint) / "adapter.safetensors"))
         self.best = load_file(Path(resume_from_checkpoint) / "best.safetensors")
 
-    def find(self) -> str | None:
+    def find(self, identity: dict) -> str | None:
         """The folder of the checkpoint to go on from, its facts taken over; None where a training starts. Raises WorkspaceError if
         it is of other settings, ModelError if a start is due and the model is not at its start."""
-        found = self.checkpoints.newest()
+        found = self.checkpoints.newest(identity)
         if found is None:
             if any("lora_B" in name and p.any() for name, p in self.trainable().items()):
                 raise ModelError(
@@ -216,6 +216,6 @@ class ResumableTrainer(Trainer):
         copied = (
             ""
             if self.checkpoints.copied(30)
-            else f" Its copy to {self.checkpoints.kept} is not finished: keep this machine."
+            else " Its copy to Google Drive is not finished: keep this machine."
         )
         return f"The checkpoint of step {self.checkpoints.step} is written: it goes on from there when this notebook is run again.{copied}"

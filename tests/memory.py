@@ -36,7 +36,7 @@ for _ in range(3):
     held.append(round(anonymous_mebibytes()))
     del model
     trainer = stages.trainer_for(workspace, config)
-    trainer.fit(workspace)
+    stages.fit(workspace, trainer)
     tuned = load_adapter(load_base_model(config), workspace / "adapter")
     label_probabilities(tuned, load_tokenizer(config), ["a headline"], config)
     shutil.rmtree(workspace.path)

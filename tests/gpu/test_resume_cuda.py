@@ -89,7 +89,7 @@ def outcome(folder, trainer):
 
 def test_stopped_at_five_points_it_ends_as_if_never_stopped(checkpoint, tmp_path, monkeypatch):
     workspace, trainer = prepared(tmp_path / "whole", checkpoint, monkeypatch)
-    trainer.fit(workspace)
+    stages.fit(workspace, trainer)
     history, adapter, scaler = outcome(tmp_path / "whole", trainer)
     assert history["skipped_steps"] == 2 and scaler["scale"] == 65536 / 4
     assert len(LABELS) == 4 and all(math.isfinite(entry["loss"]) for entry in history["train"])
@@ -98,11 +98,11 @@ def test_stopped_at_five_points_it_ends_as_if_never_stopped(checkpoint, tmp_path
         workspace, trainer = prepared(folder, checkpoint, monkeypatch)
         stages.stop_at(trainer, step)
         with pytest.raises(TrainingStopped, match=f"The checkpoint of step {step} is written"):
-            trainer.fit(workspace)
+            stages.fit(workspace, trainer)
         assert (folder / "checkpoints" / f"checkpoint-{step}" / "scaler.pt").exists()
         del trainer
         workspace, trainer = prepared(folder, checkpoint, monkeypatch)
-        trainer.fit(workspace)
+        stages.fit(workspace, trainer)
         found, weights, state = outcome(folder, trainer)
         assert found["skipped_steps"] == history["skipped_steps"] and state == scaler, step
         for part in ("train", "validation"):
