@@ -42,7 +42,8 @@ def masks_of(
 class RowDropout(nn.Dropout):
     """Dropout on packed tokens, (1, tokens, width). In `masks_of` an element's mask depends on the
     seed, its row, its place in it, its column, and this layer's `number`: on nothing else, neither
-    the micro-batch nor a random state. Elsewhere it depends on a draw from the CPU's generator."""
+    the micro-batch nor a random state. Elsewhere, and on other tokens than the batch's (an
+    expert's share of them), it depends on a draw from the CPU's generator."""
 
     def __init__(self, p: float, number: int):
         super().__init__(p)

@@ -92,7 +92,7 @@ def keep_mask(x, rate, keys) -> torch.Tensor:
         hashed = (hashed ^ shifted) * -0x7B935975
         return ((hashed >> 1 & 0x7FFFFFFF ^ 0x40000000) >= rate).to(x.dtype)
     mask, columns = torch.empty_like(x), _columns_kept(x.shape[1])
-    size = max(1, 2**17 // x.shape[1])  # of slices that stay in the cache
+    size = max(1, 2**16 // x.shape[1])  # of slices that stay in the cache
     for part, token in zip(mask.split(size), keys.split(size), strict=True):
         hashed = (token[:, None] ^ columns).mul_(0x7FEB352D)
         hashed ^= hashed >> 15

@@ -22,7 +22,7 @@ _FAMILIES = ("Llama", "Mistral")  # whose attention and MLP compute what is comp
 def fuse_lora(model: PeftModel) -> PeftModel:
     """`model`, patched in place: the attention and the MLP of a Llama or Mistral run packed batches with LoRA in few passes.
 
-    The dropout of every model becomes a `RowDropout`. Layers that read the same input (q, k, v; gate, up) share its mask: still
+    Each dropout becomes a `RowDropout`, in a model of any family. Layers that read the same input (q, k, v; gate, up) share its mask: still
     dropout on each layer's input. It is drawn again in backward. Only inputs and rank-r products are kept for
     backward; LoRA products run in the input's dtype, from float32 weights. Without gradients, the last layer's MLP sees each row's
     last token alone, and large batches in float32 add B A to the weights first. An adapter that is switched off has rank 0 here: the base
@@ -112,7 +112,7 @@ class _Group:
 
     def __init__(self, layers):
         self.layers, self.sizes, self.state = layers, [layer.out_features for layer in layers], None
-        for layer in layers:  # in PEFT's own path too
+        for layer in layers:  # they share their mask, in PEFT's own path too
             for name, dropout in layer.lora_dropout.items():
                 if isinstance(dropout, RowDropout):
                     dropout.number = layers[0].lora_dropout[name].number

@@ -143,6 +143,16 @@ def test_gradients_with_dropout_are_those_of_pefts_own_layers(checkpoint):
     assert_same(found[1], expected[1], rtol=1e-3, atol=1e-5)
 
 
+def test_an_adapter_newer_than_the_fused_layers_has_its_dropout(checkpoint):
+    model = fuse_lora(lora_model(checkpoint, 0.3))
+    later = LoraConfig(r=4, lora_dropout=0.5, target_modules=ALL_LINEAR, init_lora_weights=False)
+    model.add_adapter("later", later)
+    model.set_adapter("later")
+    for _ in range(2):
+        assert loss_and_gradients(model, seed=1)[0] != loss_and_gradients(model, seed=2)[0]
+        fuse_lora(model)
+
+
 def test_checkpointing_replays_the_masks(checkpoint):
     model = fuse_lora(lora_model(checkpoint, 0.3))
     expected = loss_and_gradients(model, seed=3)
