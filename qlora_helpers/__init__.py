@@ -18,7 +18,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     ),
     # 01_setup
     "config": ("LABELS", "RunConfig"),
-    "doctor": ("examine", "findings_table", "require_ok"),
+    "colab.doctor": ("examine", "findings_table", "require_ok"),
     "colab.drive": ("find_workspace", "open_workspace"),
     "run.workspace": ("Workspace",),
     "run.files": ("write_text",),

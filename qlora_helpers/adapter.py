@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from qlora_helpers.colab.hub import fetch
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError, reason
-from qlora_helpers.hub import fetch
 from qlora_helpers.model import fused
 from qlora_helpers.prompts import TEMPLATE
 from qlora_helpers.run.files import copy_folder, writing

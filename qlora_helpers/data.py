@@ -9,9 +9,9 @@ import datasets
 import numpy as np
 import pandas as pd
 
+from qlora_helpers.colab.hub import fetch, file_names
 from qlora_helpers.config import AG_NEWS, SAMPLE, RunConfig
 from qlora_helpers.errors import DataError
-from qlora_helpers.hub import fetch, file_names
 from qlora_helpers.texts import (
     clean_text,
     is_labelled_csv,

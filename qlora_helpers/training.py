@@ -28,8 +28,8 @@ from qlora_helpers.fast.plan import (
 from qlora_helpers.metrics import scores
 from qlora_helpers.model import compute_dtype
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
-from qlora_helpers.resuming import ResumableTrainer
 from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.resuming import ResumableTrainer
 from qlora_helpers.scoring import label_logits, label_probabilities
 
 

@@ -15,10 +15,9 @@ from huggingface_hub.utils import _auth
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 
-from qlora_helpers import hub_token
 from qlora_helpers.adapter import save_adapter
 from qlora_helpers.classifier import HeadlineClassifier
-from qlora_helpers.colab import drive, machine
+from qlora_helpers.colab import drive, hub_token, machine
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.model import attach_lora, load_base_model, load_tokenizer
 from qlora_helpers.run.files import write_text

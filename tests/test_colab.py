@@ -9,11 +9,11 @@ import pytest
 import stages
 from huggingface_hub import constants
 
-from qlora_helpers import RunConfig, Workspace, find_workspace, hub_token, open_workspace
-from qlora_helpers.colab import drive, machine
+from qlora_helpers import RunConfig, Workspace, find_workspace, open_workspace
+from qlora_helpers.colab import drive, hub_token, machine
+from qlora_helpers.colab.hub_token import use_token
 from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.errors import ConfigError, WorkspaceError
-from qlora_helpers.hub_token import use_token
 
 SECRET = "hf_" + "Secret" * 5
 LONG = 300  # seconds: what answers does so in time, on a busy machine too

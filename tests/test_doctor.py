@@ -27,13 +27,19 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from qlora_helpers import RunConfig, Workspace, doctor, hub_token, reach, versions
-from qlora_helpers.colab import drive, machine
+from qlora_helpers import RunConfig, Workspace
+from qlora_helpers.colab import doctor, drive, hub_token, machine, reach, versions
+from qlora_helpers.colab.doctor import examine, findings_table, require_ok
+from qlora_helpers.colab.estimates import (
+    bytes_written,
+    expected_plan,
+    minutes,
+    model_size,
+    rows_on_cpu,
+)
 from qlora_helpers.colab.mirror import Mirror
 from qlora_helpers.config import AG_NEWS, PROFILES
-from qlora_helpers.doctor import examine, findings_table, require_ok
 from qlora_helpers.errors import ConfigError, PreflightError
-from qlora_helpers.estimates import bytes_written, expected_plan, minutes, model_size, rows_on_cpu
 from qlora_helpers.model import embedded_checkpoint, load_base_model
 
 ROOT = Path(__file__).parents[1]

@@ -28,16 +28,10 @@ FRONT = [
 ]
 USE_RUN = {"training", "classifier", "export"}
 USE_HUB = {"data", "model"}
-# Modules that do not stand in their rooms yet.
-FLAT = {
-    "run": ["resuming"],
-    "colab": ["doctor", "estimates", "hub", "hub_token", "reach", "versions"],
-}
-ROOM = {module: room for room, modules in FLAT.items() for module in modules}
 NOT_YET = {
     ("adapter", "run.files"),  # an adapter is written whole or not at all
-    ("adapter", "hub"),  # and may come from there
-    ("doctor", "fast.plan"),  # asks for the free memory
+    ("adapter", "colab.hub"),  # and may come from there
+    ("colab.doctor", "fast.plan"),  # asks for the free memory
 }
 MOST_DEPTH = 10  # 8 is wanted
 MOST_LINES = 300
@@ -73,7 +67,7 @@ def room(module: str) -> str:
     name, _, inside = module.partition(".")
     if inside or source(module).name == "__init__.py":
         return name
-    return ROOM.get(module, "front")
+    return "front"
 
 
 def allowed(module: str, other: str) -> bool:
@@ -82,7 +76,7 @@ def allowed(module: str, other: str) -> bool:
         return True
     if here == "front":
         above = other in FRONT[: FRONT.index(module)]
-        run, hub = there == "run" and module in USE_RUN, other == "hub" and module in USE_HUB
+        run, hub = there == "run" and module in USE_RUN, other == "colab.hub" and module in USE_HUB
         return above or there == "fast" or run or hub
     return there in {"colab": {"front", "run"}, "widgets": {"front"}}.get(here, ())
 

@@ -5,12 +5,12 @@ from functools import partial
 from pathlib import Path
 
 from qlora_helpers.colab import machine
+from qlora_helpers.colab.hub_token import use_token
 from qlora_helpers.colab.machine import on_colab
 from qlora_helpers.colab.mirror import Mirror
 from qlora_helpers.colab.threads import bounded
 from qlora_helpers.config import RunConfig, drive_wanted, workspace_folder
 from qlora_helpers.errors import ConfigError, WorkspaceError, reason
-from qlora_helpers.hub_token import use_token
 from qlora_helpers.run.workspace import Workspace
 
 MOUNT_SECONDS = 120  # for the reader to answer, and for Drive to come

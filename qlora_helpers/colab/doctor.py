@@ -13,11 +13,7 @@ from pandas.io.formats.style import Styler
 from transformers import MistralConfig
 
 from qlora_helpers.colab.drive import without_drive
-from qlora_helpers.colab.machine import on_colab
-from qlora_helpers.colab.threads import bounded
-from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
-from qlora_helpers.errors import PreflightError, reason
-from qlora_helpers.estimates import (
+from qlora_helpers.colab.estimates import (
     ModelSize,
     bytes_written,
     expected_plan,
@@ -25,13 +21,17 @@ from qlora_helpers.estimates import (
     model_size,
     rows_on_cpu,
 )
+from qlora_helpers.colab.hub_token import Token, needs_hub, use_token
+from qlora_helpers.colab.machine import on_colab
+from qlora_helpers.colab.reach import MISTRALS, reach
+from qlora_helpers.colab.threads import bounded
+from qlora_helpers.colab.versions import check_versions
+from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
+from qlora_helpers.errors import PreflightError, reason
 from qlora_helpers.fast.plan import free_gpu_bytes
-from qlora_helpers.hub_token import Token, needs_hub, use_token
 from qlora_helpers.model import compute_dtype
-from qlora_helpers.reach import MISTRALS, reach
 from qlora_helpers.run.files import nearest
 from qlora_helpers.run.workspace import Workspace
-from qlora_helpers.versions import check_versions
 
 CHOOSE_T4 = "Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
 _COLOURS = {

@@ -15,10 +15,10 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PreTrainedConfig
 
+from qlora_helpers.colab.hub import cached, checkpoint_files
 from qlora_helpers.colab.threads import start
 from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, PROFILES, SAMPLE, RunConfig
 from qlora_helpers.data import parquet_files
-from qlora_helpers.hub import cached, checkpoint_files
 from qlora_helpers.model import find_embedded
 
 HUB_SECONDS = 10.0
