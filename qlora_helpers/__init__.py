@@ -18,11 +18,12 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     ),
     # 01_setup
     "config": ("LABELS", "RunConfig"),
-    "doctor": ("examine", "findings_table", "require_ok"),
-    "workspace": ("Workspace", "open_workspace"),
-    "files": ("write_text",),
+    "colab.doctor": ("examine", "findings_table", "require_ok"),
+    "colab.drive": ("find_workspace", "open_workspace"),
+    "run.workspace": ("Workspace",),
+    "run.files": ("write_text",),
     # 02_data_subset
-    "cleaning": ("clean_text",),
+    "texts": ("clean_text",),
     "data": ("SPLITS", "draw_subset", "load_rows", "text_rules"),
     "prompts": (
         "build_prompt",
@@ -32,16 +33,15 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
         "label_words",
     ),
     # 03_qlora_training
-    "modeling": (
+    "model": (
         "attach_lora",
         "compute_dtype",
-        "load_adapter",
         "load_base_model",
         "load_tokenizer",
-        "save_adapter",
     ),
-    "batching": ("BatchPlan", "plan_batches"),
-    "training": ("LabelTrainer", "what_validation_says"),
+    "adapter": ("load_adapter", "save_adapter"),
+    "fast.plan": ("BatchPlan",),
+    "training": ("LabelTrainer", "plan_batches", "what_validation_says"),
     "scoring": ("check_same_adapter", "label_logits", "label_probabilities"),
     # 04_evaluation
     "metrics": (
@@ -58,15 +58,18 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "curve": ("learning_curve", "tfidf_classifier"),
     "card": ("model_card",),
     # 05_inference
-    "classifier": ("HeadlineClassifier",),
-    "text_table": ("classify_file",),
-    "adapter_files": ("export_adapter",),
-    "merging": ("merge_adapter", "merged_bytes"),
+    "classifier": ("HeadlineClassifier", "classify_file"),
+    "export": ("export_adapter", "merge_adapter", "merged_bytes"),
     # figures and panels
     "plots": (),
-    "widgets": ("ErrorExplorer", "LossPanel", "review_table"),
-    "headline_panel": ("EXAMPLES", "HeadlinePanel"),
-    "file_panel": ("FilePanel",),
+    "widgets": (
+        "ErrorExplorer",
+        "LossPanel",
+        "review_table",
+        "EXAMPLES",
+        "HeadlinePanel",
+        "FilePanel",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF, "plots"]

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     from qlora_helpers import HeadlineClassifier
-    from qlora_helpers.text_table import split_lines
+    from qlora_helpers.classifier import split_lines
 
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:

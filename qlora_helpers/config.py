@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from qlora_helpers.csv_rows import MOST_LABELS, is_labelled_csv, read_labelled_csv
 from qlora_helpers.errors import ConfigError
+from qlora_helpers.texts import MOST_LABELS, is_labelled_csv, read_labelled_csv
 
 AG_NEWS = "fancyzhx/ag_news"
 SAMPLE = "sample"
@@ -197,6 +197,12 @@ def project_folder() -> Path:
     """What a relative path is relative to: the folder above, in a notebook that runs in notebooks/, else the current folder."""
     here = Path.cwd()  # Jupyter and nbval start a notebook in its own folder, make and a terminal one above: one run, one folder
     return here.parent if here.name == "notebooks" else here
+
+
+def workspace_folder() -> Path:
+    """Return where a run lives: $QLORA_WORKSPACE, else runs/<profile>."""
+    named = os.environ.get("QLORA_WORKSPACE")
+    return project_folder() / (named or f"runs/{default_profile()}")
 
 
 def _of_labelled_csv(data: str, defaults: dict, choices: dict) -> dict:

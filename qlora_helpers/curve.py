@@ -8,12 +8,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
-from qlora_helpers.batching import free_memory, plan_batches
 from qlora_helpers.config import RunConfig
 from qlora_helpers.data import draw_subset
-from qlora_helpers.modeling import attach_lora, load_base_model, load_tokenizer
+from qlora_helpers.fast.plan import free_memory
+from qlora_helpers.model import attach_lora, load_base_model, load_tokenizer
 from qlora_helpers.scoring import label_probabilities
-from qlora_helpers.training import LabelTrainer
+from qlora_helpers.training import LabelTrainer, plan_batches
 
 
 def tfidf_classifier() -> Pipeline:

@@ -9,11 +9,18 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from qlora_helpers.cleaning import clean_text, normalised, same_but_case, tidy_text
+from qlora_helpers.colab.hub import fetch, file_names
 from qlora_helpers.config import AG_NEWS, SAMPLE, RunConfig
-from qlora_helpers.csv_rows import is_labelled_csv, read_ag_news_csv, read_labelled_csv
 from qlora_helpers.errors import DataError
-from qlora_helpers.hub import fetch, file_names
+from qlora_helpers.texts import (
+    clean_text,
+    is_labelled_csv,
+    normalised,
+    read_ag_news_csv,
+    read_labelled_csv,
+    same_but_case,
+    tidy_text,
+)
 
 SPLITS = ["train", "validation", "test"]
 

@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError, reason
-from qlora_helpers.packing import use_packed_attention
+from qlora_helpers.fast.packing import use_packed_attention
 from qlora_helpers.scoring import label_logits
 
 # The relative difference of two rows' logits that rounding explains. SmolLM2-135M showed at most

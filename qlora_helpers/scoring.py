@@ -15,7 +15,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.packing import pack, use_packed_attention
+from qlora_helpers.fast.packing import pack, use_packed_attention
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 
 # The mean change of a probability that rounding explains; the largest may be ten times that. With the same 400 rows in batches of 3 to 400

@@ -1,10 +1,11 @@
 """Training: the Trainer, with its loss taken at the label alone, and a history that says how it went."""
 
 import dataclasses
+import hashlib
 import json
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import datasets
 import numpy as np
@@ -14,27 +15,42 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from qlora_helpers.batching import BatchPlan, checkpoint_layers, decoder_layers, free_memory
-from qlora_helpers.checkpoints import Checkpoints
 from qlora_helpers.config import RunConfig
-from qlora_helpers.drive_copy import within_drives_time
-from qlora_helpers.dropout import masks_of
-from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
+from qlora_helpers.errors import ModelError, TrainingStopped
+from qlora_helpers.fast.dropout import masks_of
+from qlora_helpers.fast.plan import (
+    BatchPlan,
+    checkpoint_layers,
+    decoder_layers,
+    free_memory,
+    plan_encoded,
+)
 from qlora_helpers.metrics import scores
-from qlora_helpers.modeling import compute_dtype, save_adapter
+from qlora_helpers.model import compute_dtype
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
-from qlora_helpers.resuming import ResumableTrainer
+from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.resuming import ResumableTrainer
 from qlora_helpers.scoring import label_logits, label_probabilities
-from qlora_helpers.widgets import LossPanel
-from qlora_helpers.workspace import Workspace
-
-NOTEBOOK = "03_qlora_training"
 
 
 def _one_gpu(args: TrainingArguments) -> TrainingArguments:
     """Return `args` for one GPU, whatever is visible: the Trainer would multiply the batch by the number of GPUs."""
     args._n_gpu = min(args.n_gpu, 1)
     return args
+
+
+def plan_batches(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig
+) -> BatchPlan:
+    """The largest micro-batch, and then as few checkpointed layers, as let the longest of `texts` train in the free memory.
+    On a GPU found by running such a step, on a CPU by what one row keeps. Raises ModelError if a single row does not fit."""
+    label_ids = label_token_ids(tokenizer, config.labels)
+    return plan_encoded(
+        model,
+        encode_prompts(tokenizer, texts, config.max_length),
+        lambda rows: label_logits(model, rows, label_ids),
+        config.effective_batch_size,
+    )
 
 
 def what_validation_says(history: dict) -> str:
@@ -61,10 +77,10 @@ def what_validation_says(history: dict) -> str:
 
 
 class _Watch(TrainerCallback):
-    """Adds the time to what is logged, counts the steps that the float16 scaler skipped after an overflow, and feeds the loss panel."""
+    """Adds the time to what is logged, counts the steps that the float16 scaler skipped after an overflow, and shows how far it is."""
 
     def __init__(self, trainer: "LabelTrainer"):
-        self.trainer, self.panel, self.skipped_steps = trainer, None, 0
+        self.trainer, self.show, self.skipped_steps = trainer, None, 0
         self.before, self.start = (
             0.0,
             time.perf_counter(),
@@ -88,11 +104,11 @@ class _Watch(TrainerCallback):
     def on_log(self, args, state, control, **kwargs):
         seconds = self.seconds
         state.log_history[-1]["seconds"] = round(seconds, 2)
-        if self.panel and state.global_step:
+        if self.show and state.global_step:
             rate = state.global_step * self.trainer.config.effective_batch_size / seconds
             peak = self.trainer.peak_gib()
             memory = "" if peak is None else f", peak {peak:.1f} GiB of GPU memory"
-            self.panel.live(
+            self.show(
                 lambda: self.trainer.history(seconds),
                 f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
                 + self._left(state)
@@ -122,8 +138,8 @@ class _Watch(TrainerCallback):
 class LabelTrainer(ResumableTrainer):
     """The Trainer, with the loss of the label's token alone, seeded length-grouped batches, and scores by epoch.
     The best epoch by validation loss is kept. Its order of rows depends on the seed and the effective batch, never on the
-    batch plan. `fit`, not `train`, writes a checkpoint to the folder `checkpoints` (the workspace's own, if None) after each epoch,
-    every `checkpoint_minutes` and, if given, every `checkpoint_steps`; the result depends on neither."""
+    batch plan. `fit`, not `train`, writes a checkpoint after each epoch, every `checkpoint_minutes` and, if given, every
+    `checkpoint_steps`; the result depends on neither."""
 
     def __init__(
         self,
@@ -132,7 +148,6 @@ class LabelTrainer(ResumableTrainer):
         subset: dict[str, pd.DataFrame],
         config: RunConfig,
         plan: BatchPlan,
-        checkpoints: Path | None = None,
         checkpoint_minutes: float = 10.0,
         checkpoint_steps: int | None = None,
     ):
@@ -140,7 +155,6 @@ class LabelTrainer(ResumableTrainer):
             label_words(tokenizer, config.labels),
             label_token_ids(tokenizer, config.labels),
         )
-        self.checkpoint_folder = checkpoints
         self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
         self._peak_before, self._losses = (
             None,
@@ -348,27 +362,42 @@ class LabelTrainer(ResumableTrainer):
         )
         return max(filter(None, (peak, self._peak_before)), default=None)
 
-    def fit(self, workspace: Workspace, panel: LossPanel | None = None) -> dict:
-        """Train, write adapter/ (of the best epoch) and training.json to `workspace`, and return the loss history, shown in `panel`.
+    def fit(
+        self,
+        checkpoints: Checkpoints,
+        show: Callable[[Callable[[], dict], str], object] | None = None,
+    ) -> dict:
+        """Train, and return the loss history. The model then has the weights of the best epoch.
 
-        A training that was stopped goes on from its newest complete checkpoint, to the result that it would have had. A finished
-        training with this very config and subset is not repeated; one with other settings is kept in earlier/. Raises TrainingStopped
-        after an interrupt, and WorkspaceError if an unfinished training has other settings or another process is writing here."""
-        with workspace.hold(NOTEBOOK):
+        A training that was stopped goes on from its newest complete checkpoint, to the result that
+        it would have had.
+
+        Args:
+            checkpoints: of this training, as in `workspace.checkpoints()`.
+            show: is called as training goes on with a function that returns the history so far, and
+                a line that says how far it is: `LossPanel.live`, for one.
+
+        Raises: TrainingStopped after an interrupt; WorkspaceError if an unfinished training has
+            other settings or data, or another process is writing there.
+        """
+        self.checkpoints, self.watch.show = checkpoints, show
+        with self.checkpoints.hold("03_qlora_training"):
             try:
-                history = self._fit(workspace, panel)
+                folder = self.find(self._identity())
+                self.checkpoints.prepare()
+                self.run(folder)
+            except TrainingStopped as stopped:
+                if show:
+                    show(lambda: self.history(self.watch.seconds), str(stopped))
+                raise
             except KeyboardInterrupt:
                 raise TrainingStopped(
                     "Stopped while files were read or written: nothing is lost. Run this notebook again."
                 ) from None
-        if panel:
-            panel.load()
-        return history
+        return self.history(self.watch.seconds)
 
-    def _fit(self, workspace: Workspace, panel: LossPanel | None) -> dict:
-        workspace.fingerprints(
-            "02_data_subset"
-        )  # still those that the rows in memory were read from
+    def _identity(self) -> dict:
+        """What a checkpoint must have been made with to be gone on from: settings and rows."""
         lora = self.model.peft_config["default"]
         settings = json.loads(self.config.to_json()) | {
             f"LoraConfig.{name}": value
@@ -376,46 +405,10 @@ class LabelTrainer(ResumableTrainer):
             if name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
         }
         settings["LoraConfig.target_modules"] = sorted(lora.target_modules)
-        data = workspace.require("02_data_subset")["files"]
-        self.checkpoints = Checkpoints(
-            self.checkpoint_folder or workspace / "checkpoints",
-            {"settings": settings, "data": data},
-        )
-        if workspace.is_current(NOTEBOOK, self.config):
-            print("This workspace holds the finished training with these settings: nothing to do.")
-            self.checkpoints.finish()
-            return workspace.read_json(NOTEBOOK, "training.json")
-        folder = self.find()
-        self._clear(workspace)
-        self.checkpoints.prepare()
-        self.watch.panel = panel
-        try:
-            self.run(folder)
-        except TrainingStopped as stopped:
-            if panel:
-                panel.show(self.history(self.watch.seconds), str(stopped))
-            raise
-        history = self.history(self.watch.seconds)
-        workspace.despite_drive(lambda: self._publish(workspace, history))
-        self.checkpoints.finish()
-        return history
-
-    def _publish(self, workspace: Workspace, history: dict) -> None:
-        folder = workspace / "adapter"
-        within_drives_time(folder, lambda: save_adapter(self.model, self.config, folder))
-        workspace.write("training.json", json.dumps(history, indent=1))
-        workspace.publish(
-            NOTEBOOK, self.config, ["adapter", "training.json"], inputs=("02_data_subset",)
-        )
-
-    def _clear(self, workspace: Workspace) -> None:
-        why = "An earlier training was made with other settings."
-        try:
-            workspace.require(NOTEBOOK)
-        except WorkspaceError as error:
-            why = str(error)
-        if earlier := workspace.set_aside(NOTEBOOK, ["adapter", "training.json"]):
-            print(f"{why} What it wrote is kept in {earlier.relative_to(workspace.path)}.")
+        rows = [[self.texts, list(self.train_dataset["labels"])]]
+        rows.append([list(self.eval_dataset.text), self.eval_dataset.label.tolist()])
+        data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return {"settings": settings, "data": data}
 
     def history(self, seconds: float) -> dict:
         """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed

@@ -4,21 +4,28 @@ import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import _auth
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
 
+from qlora_helpers.adapter import save_adapter
 from qlora_helpers.classifier import HeadlineClassifier
+from qlora_helpers.colab import drive, hub_token, machine
 from qlora_helpers.config import PROFILES, RunConfig
-from qlora_helpers.modeling import attach_lora, load_base_model, load_tokenizer, save_adapter
-from qlora_helpers.workspace import Workspace, write_text
+from qlora_helpers.model import attach_lora, load_base_model, load_tokenizer
+from qlora_helpers.run.files import write_text
+from qlora_helpers.run.workspace import Workspace
 
 # the embedded model in memory; and runs that the notebooks made with it
 REAL_MODEL = {"base", "notebook_workspace", "run_folder"}
+LONG = 300  # seconds: what answers does so in time, on a busy machine too
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # see the fixture `threads`
 
@@ -103,6 +110,47 @@ def workspace(tmp_path, monkeypatch):
     return tmp_path / "workspace"
 
 
+@pytest.fixture
+def new_machine(tmp_path, monkeypatch):
+    """A function that begins on a new Colab machine, with the same Drive, and returns its /content."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "colab")
+    monkeypatch.setattr(drive, "MOUNT_SECONDS", LONG)
+    monkeypatch.setattr(hub_token, "SECRET_SECONDS", LONG)
+    monkeypatch.setenv("FAKE_DRIVE_FOLDER", str(tmp_path / "drive"))
+    (tmp_path / "drive").mkdir(exist_ok=True)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(_auth, "is_google_colab", lambda: True)
+    for module, name in (
+        (_auth, "_IS_GOOGLE_COLAB_CHECKED"),
+        (_auth, "_GOOGLE_COLAB_SECRET"),
+        (drive, "_without"),
+        (hub_token, "_found"),
+    ):
+        monkeypatch.setattr(module, name, None)
+    for name in ("HF_TOKEN", "QLORA_WORKSPACE"):
+        monkeypatch.setenv(name, "of the test before")
+    before = set(sys.modules)
+
+    def begin() -> Path:
+        content = Path(tempfile.mkdtemp(dir=tmp_path, prefix="machine_")) / "content"
+        (content / "tmp").mkdir(parents=True)
+        monkeypatch.setattr(machine, "CONTENT", content)
+        monkeypatch.setattr(tempfile, "tempdir", str(content / "tmp"))
+        monkeypatch.chdir(content)
+        drive._without = hub_token._found = _auth._IS_GOOGLE_COLAB_CHECKED = (
+            _auth._GOOGLE_COLAB_SECRET
+        ) = None
+        for name in ("HF_TOKEN", "QLORA_WORKSPACE"):
+            os.environ.pop(name, None)
+        return content
+
+    yield begin
+    for name in [
+        name for name in sys.modules if name.partition(".")[0] == "google" and name not in before
+    ]:
+        del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """The embedded model's tokenizer, without the model."""
@@ -152,11 +200,11 @@ def tuned(tiny, tmp_path_factory) -> Workspace:
             torch.nn.init.normal_(parameter)
     save_adapter(model, run, workspace / "adapter")
     write_text(workspace / "config.json", run.to_json())
-    workspace.publish("01_setup", run, ["config.json"])
-    workspace.publish("03_qlora_training", run, ["adapter"], inputs=("01_setup",))
+    workspace.publish("01_setup", vars(run), ["config.json"])
+    workspace.publish("03_qlora_training", vars(run), ["adapter"], inputs=("01_setup",))
     write_text(workspace / "adapter" / "calibration.json", json.dumps({"temperature": 1.5}))
     workspace.publish(
-        "04_evaluation", run, ["adapter/calibration.json"], inputs=("03_qlora_training",)
+        "04_evaluation", vars(run), ["adapter/calibration.json"], inputs=("03_qlora_training",)
     )
     return workspace
 

@@ -1,4 +1,4 @@
-"""A hub on this machine, and a hub's cache as huggingface_hub lays it out: what the tests of qlora_helpers.hub load from."""
+"""A hub on this machine, and a hub's cache as huggingface_hub lays it out: what the tests of qlora_helpers.colab.hub load from."""
 
 import hashlib
 import json

@@ -8,8 +8,8 @@ from pathlib import Path
 import stages
 
 from qlora_helpers import label_probabilities, load_adapter, load_base_model, load_tokenizer
-from qlora_helpers.batching import free_memory
 from qlora_helpers.config import RunConfig
+from qlora_helpers.fast.plan import free_memory
 
 config = RunConfig.from_environment(
     train_size=8,
@@ -36,7 +36,7 @@ for _ in range(3):
     held.append(round(anonymous_mebibytes()))
     del model
     trainer = stages.trainer_for(workspace, config)
-    trainer.fit(workspace)
+    stages.fit(workspace, trainer)
     tuned = load_adapter(load_base_model(config), workspace / "adapter")
     label_probabilities(tuned, load_tokenizer(config), ["a headline"], config)
     shutil.rmtree(workspace.path)

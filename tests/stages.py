@@ -22,19 +22,22 @@ from qlora_helpers import (
     SPLITS,
     HeadlineClassifier,
     LabelTrainer,
+    LossPanel,
     RunConfig,
     Workspace,
     attach_lora,
     draw_subset,
+    find_workspace,
     label_probabilities,
     load_adapter,
     load_base_model,
     load_rows,
     load_tokenizer,
     open_workspace,
+    save_adapter,
 )
-from qlora_helpers.batching import BatchPlan
 from qlora_helpers.config import PROFILES
+from qlora_helpers.fast.plan import BatchPlan
 
 SETTINGS = {
     "train_size": 44,
@@ -57,16 +60,17 @@ def tiny_config(tiny: str, **settings) -> RunConfig:
 
 
 def set_up(config: RunConfig) -> None:
-    workspace = Workspace.locate()
+    workspace = find_workspace()
     workspace.write("config.json", config.to_json())
-    workspace.publish("01_setup", config, ["config.json"])
+    workspace.publish("01_setup", vars(config), ["config.json"])
 
 
-def draw() -> None:
+def draw() -> Workspace:
     workspace, config = open_workspace()
     for split, frame in draw_subset(load_rows(config), config).items():
         workspace.write(f"subset/{split}.parquet", frame.to_parquet())
-    workspace.publish("02_data_subset", config, ["subset"], inputs=("01_setup",))
+    workspace.publish("02_data_subset", vars(config), ["subset"], inputs=("01_setup",))
+    return workspace
 
 
 def trainer_for(
@@ -81,9 +85,25 @@ def trainer_for(
         task_type="CAUSAL_LM",
     )
     model = attach_lora(load_base_model(config), lora, config.seed)
-    return LabelTrainer(
-        model, load_tokenizer(config), subset, config, plan, workspace / "checkpoints", **options
-    )
+    return LabelTrainer(model, load_tokenizer(config), subset, config, plan, **options)
+
+
+def fit(workspace: Workspace, trainer: LabelTrainer, panel: LossPanel | None = None) -> dict:
+    """The cells of 03 that train and publish."""
+    if workspace.is_current("03_qlora_training", vars(trainer.config)):
+        print("This workspace holds the finished training with these settings.")
+        history = workspace.read_json("03_qlora_training", "training.json")
+    else:
+        history = trainer.fit(workspace.checkpoints(), panel and panel.live)
+        workspace.set_aside("03_qlora_training", ["adapter", "training.json"])
+        save_adapter(trainer.model, trainer.config, workspace / "adapter")
+        workspace.write("training.json", json.dumps(history, indent=1))
+        files = ["adapter", "training.json"]
+        workspace.publish(
+            "03_qlora_training", vars(trainer.config), files, inputs=("02_data_subset",)
+        )
+    workspace.checkpoints().finish()
+    return history
 
 
 def step_losses(trainer: LabelTrainer) -> list[float]:
@@ -116,7 +136,8 @@ def stop_at(trainer: LabelTrainer, step: int) -> None:
 
 def train(**options) -> dict:
     workspace, config = open_workspace("02_data_subset")
-    return trainer_for(workspace, config, **{"checkpoint_steps": 2} | options).fit(workspace)
+    trainer = trainer_for(workspace, config, **{"checkpoint_steps": 2} | options)
+    return fit(workspace, trainer)
 
 
 def evaluate() -> None:
@@ -131,7 +152,7 @@ def evaluate() -> None:
     workspace.write("adapter/calibration.json", json.dumps({"temperature": 1.25}))
     workspace.publish(
         "04_evaluation",
-        config,
+        vars(config),
         ["predictions.parquet", "adapter/calibration.json"],
         inputs=("02_data_subset", "03_qlora_training"),
     )

@@ -22,11 +22,11 @@ from transformers import (
     set_seed,
 )
 
+from qlora_helpers.colab.estimates import model_size
+from qlora_helpers.colab.reach import reach
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
-from qlora_helpers.estimates import model_size
-from qlora_helpers.modeling import compute_dtype, load_base_model, load_tokenizer
+from qlora_helpers.model import compute_dtype, load_base_model, load_tokenizer
 from qlora_helpers.prompts import build_prompt, encode_prompts, label_token_ids, label_words
-from qlora_helpers.reach import reach
 from qlora_helpers.scoring import label_logits
 
 sentencepiece = pytest.importorskip(
@@ -268,7 +268,7 @@ def test_the_doctor_knows_the_download(checkpoint, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("qlora_helpers.reach.HUB_SECONDS", 300)
+    monkeypatch.setattr("qlora_helpers.colab.reach.HUB_SECONDS", 300)
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     hub.repositories["account/mistral"] = files | {
         "consolidated.safetensors": b"x" * 10**6,

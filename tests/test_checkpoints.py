@@ -1,4 +1,3 @@
-import builtins
 import dataclasses
 import json
 import os
@@ -14,12 +13,10 @@ import pytest
 import stages
 import torch
 
-from qlora_helpers import LossPanel, Workspace, checkpoints, colab, training
-from qlora_helpers.checkpoints import Checkpoints
+from qlora_helpers import LossPanel, Workspace, training
 from qlora_helpers.errors import ModelError, QLoraError, TrainingStopped, WorkspaceError
-from qlora_helpers.files import sealed, sha256, unsealed
-
-HANGING = 300  # seconds after which a test that waits for an event fails
+from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.files import read_manifest, sealed, sha256
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def _names(folder: Path) -> list[str]:
 
 def _finish(prepared, workspace) -> dict:
     run, trainer = prepared()
-    trainer.fit(run)
+    stages.fit(run, trainer)
     stages.evaluate()
     return stages.result(workspace)
 
@@ -70,7 +67,7 @@ def test_an_interrupt_inside_an_accumulation_loses_nothing(
         TrainingStopped,
         match=rf"Stopped at step {step} of 12. The checkpoint of step {step} is written: it goes on",
     ):
-        trainer.fit(run, panel)
+        stages.fit(run, trainer, panel)
     assert f"The checkpoint of step {step} is written" in panel.status.value
     assert set(_names(workspace / "checkpoints")) == {
         f"checkpoint-{n}" for n in (6, step) if n <= step
@@ -96,7 +93,7 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
 
     trainer.training_step = training_step
     with pytest.raises(TrainingStopped, match="Stopped"):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     assert handlers == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     assert _finish(prepared, workspace) == uninterrupted
 
@@ -105,7 +102,7 @@ def test_an_interrupt_before_the_first_step_starts_again(prepared, workspace, un
     run, trainer = prepared()
     stages.stop_at(trainer, 0)
     with pytest.raises(TrainingStopped, match="There is no checkpoint yet"):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     assert _finish(prepared, workspace) == uninterrupted
 
 
@@ -116,7 +113,7 @@ def test_an_interrupt_in_the_first_evaluation_starts_again(prepared, workspace, 
     with pytest.raises(
         TrainingStopped, match="Stopped at step 0 of 12. There is no checkpoint yet"
     ):
-        trainer.fit(run, panel)
+        stages.fit(run, trainer, panel)
     assert "Stopped at step 0" in panel.status.value
     assert _finish(prepared, workspace) == uninterrupted
 
@@ -125,7 +122,7 @@ def test_a_trained_model_is_no_start(prepared):
     run, trainer = prepared()
     trainer.train()
     with pytest.raises(ModelError, match="this model has been trained already"):
-        trainer.fit(run)
+        stages.fit(run, trainer)
 
 
 def test_time_spent_before_is_counted_and_skipped_steps_too(prepared):
@@ -133,9 +130,9 @@ def test_time_spent_before_is_counted_and_skipped_steps_too(prepared):
     stages.stop_at(trainer, 5)
     trainer.watch.before, trainer.watch.skipped_steps = 1000.0, 3
     with pytest.raises(TrainingStopped):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     run, trainer = prepared()
-    history = trainer.fit(run)
+    history = stages.fit(run, trainer)
     seconds = [entry["seconds"] for entry in history["train"]] + [history["seconds"]]
     # the clock starts again at step 6: without the time before, its seconds would be few
     assert len(seconds) == 13 and seconds == sorted(seconds) and seconds[0] >= 1000
@@ -147,14 +144,14 @@ def test_a_cut_that_memory_now_allows_does_not_change_the_rest(prepared, workspa
     run, trainer = prepared()
     stages.stop_at(trainer, 5)
     with pytest.raises(TrainingStopped):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     run, config = stages.open_workspace("02_data_subset")
     trainer = stages.trainer_for(run, config)
     trainer.plan = dataclasses.replace(
         trainer.plan, micro_batch_size=8, gradient_accumulation_steps=1
     )
     trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps = 8, 1
-    trainer.fit(run)
+    stages.fit(run, trainer)
     stages.evaluate()
     assert stages.result(workspace) == uninterrupted
 
@@ -163,7 +160,7 @@ def test_other_settings_refuse_to_go_on_and_say_which(prepared, workspace, tiny)
     run, trainer = prepared()
     stages.stop_at(trainer, 3)
     with pytest.raises(TrainingStopped):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     for settings, said in (
         ({"learning_rate": 0.02}, "learning_rate was 0.01 and is now 0.02"),
         ({"lora_r": 8}, "LoraConfig.r was 4 and is now 8; lora_r was 4"),
@@ -178,33 +175,33 @@ def test_other_settings_refuse_to_go_on_and_say_which(prepared, workspace, tiny)
             match="checkpoint-3 is of an unfinished training with "
             rf"other settings: .*{said}.*delete .*/chec",
         ):
-            trainer.fit(run)
+            stages.fit(run, trainer)
     shutil.rmtree(workspace / "checkpoints")  # the remedy
-    assert len(trainer.fit(run)["train"]) == 6 * 3
+    assert len(stages.fit(run, trainer)["train"]) == 6 * 3
 
 
 def test_other_rows_refuse_to_go_on(prepared):
     run, trainer = prepared()
     stages.stop_at(trainer, 3)
     with pytest.raises(TrainingStopped):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     frame = stages.pd.read_parquet(run / "subset" / "train.parquet")
     run.write("subset/train.parquet", frame.iloc[::-1].to_parquet())
-    run.publish("02_data_subset", trainer.config, ["subset"], inputs=("01_setup",))
+    run.publish("02_data_subset", vars(trainer.config), ["subset"], inputs=("01_setup",))
     with pytest.raises(
         WorkspaceError, match="02_data_subset was run .* after this notebook had read"
     ):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     run, trainer = prepared()
     with pytest.raises(WorkspaceError, match="unfinished training with other data"):
-        trainer.fit(run)
+        stages.fit(run, trainer)
 
 
 def test_a_torn_checkpoint_is_skipped_with_a_line(prepared, workspace, uninterrupted, capsys):
     run, trainer = prepared(checkpoint_steps=1)
     stages.stop_at(trainer, 5)
     with pytest.raises(TrainingStopped):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     folder = workspace / "checkpoints"
     assert _names(folder) == ["checkpoint-4", "checkpoint-5"]
     with open(folder / "checkpoint-5" / "optimizer.pt", "r+b") as file:
@@ -230,7 +227,7 @@ def test_a_checkpoint_is_due_by_minutes(prepared, monkeypatch):
         "write",
         lambda self, step, *a, **k: written.append(step) or write(self, step, *a, **k),
     )
-    trainer.fit(run)
+    stages.fit(run, trainer)
     assert written == list(range(1, 13))
 
 
@@ -244,7 +241,7 @@ def test_only_safetensors_json_and_plain_state_are_read(prepared, workspace, tmp
     run, trainer = prepared()
     stages.stop_at(trainer, 3)
     with pytest.raises(TrainingStopped):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     folder = workspace / "checkpoints" / "checkpoint-3"
     assert {path.name for path in folder.iterdir()} == {
         "adapter.safetensors",
@@ -256,14 +253,14 @@ def test_only_safetensors_json_and_plain_state_are_read(prepared, workspace, tmp
         "trainer_state.json",
     }
     (folder / "rng_state.pth").write_bytes(pickle.dumps(Payload()))
-    manifest = unsealed((folder / "manifest.json").read_bytes())
+    manifest = read_manifest(folder / "manifest.json")
     manifest["files"]["rng_state.pth"] = sha256(folder / "rng_state.pth")
     (folder / "manifest.json").write_text(sealed(manifest))
     run, trainer = prepared()
     with pytest.raises(
         WorkspaceError, match="checkpoint-3 holds more than the state of a training .* delete it"
     ):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     assert not (tmp_path / "ran").exists()
 
 
@@ -276,7 +273,7 @@ def test_a_loss_that_is_not_a_number_leaves_the_checkpoint(prepared, workspace, 
         lambda *a: logits(*a) * (torch.nan if trainer.state.global_step == 3 else 1),
     )
     with pytest.raises(ModelError, match="the loss is nan at step 4.*QLORA_LEARNING_RATE"):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     assert _names(workspace / "checkpoints") == ["checkpoint-2"]
 
 
@@ -291,7 +288,7 @@ def test_weights_that_are_not_numbers_are_never_kept(prepared, workspace):
 
     trainer.watch.on_step_end = poison
     with pytest.raises(ModelError, match="the loss is nan at step 4"):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     assert _names(workspace / "checkpoints") == ["checkpoint-1", "checkpoint-2"]
 
 
@@ -334,7 +331,7 @@ def test_a_full_disk_loses_nothing_before(small_disk, tiny, uninterrupted, capsy
         WorkspaceError,
         match="adapter.* cannot be written .*No space left.*Free some space there; then run this",
     ):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     said = capsys.readouterr().out
     assert (
         "The checkpoint of step 4 cannot be written" in said
@@ -351,8 +348,8 @@ def test_a_workspace_that_is_read_only_is_named_before_training(small_disk, prep
     run, trainer = prepared_on_disk
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     for write in (
-        lambda: trainer.fit(run),
-        lambda: run.publish("02_data_subset", trainer.config, ["subset"]),
+        lambda: stages.fit(run, trainer),
+        lambda: run.publish("02_data_subset", vars(trainer.config), ["subset"]),
         stages.draw,
     ):
         with pytest.raises(
@@ -370,95 +367,11 @@ def prepared_on_disk(small_disk, tiny):
     return run, stages.trainer_for(run, config)
 
 
-class SlowDrive:
-    """A folder in which every third opening for writing, flushing or renaming fails, and in which
-    one hangs, the next after `hang`, until `release`."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.writes, self.failed, self.lock = folder, 0, 0, threading.Lock()
-        self.hangs, self.released = threading.Event(), threading.Event()
-        self.to_hang = self.gave_up = False
-
-    def hang(self) -> None:
-        self.to_hang = True
-
-    def release(self) -> None:
-        assert not self.gave_up, "the call that hangs was waited for"
-        self.released.set()
-
-    def call(self, real, *args, **kwargs):
-        with self.lock:
-            self.writes += 1
-            fails = self.writes % 3 == 0
-            self.failed += fails
-            hangs, self.to_hang = self.to_hang, False
-        if hangs:
-            self.hangs.set()
-            self.gave_up = not self.released.wait(HANGING)
-        if fails:
-            raise OSError(5, "Input/output error")
-        return real(*args, **kwargs)
-
-
-@pytest.fixture
-def drive(tmp_path, monkeypatch):
-    drive = SlowDrive(tmp_path / "drive" / "MyDrive")
-    drive.folder.mkdir(parents=True)
-    monkeypatch.setattr(colab, "CONTENT", tmp_path)
-    monkeypatch.setattr(checkpoints.tempfile, "gettempdir", lambda: str(tmp_path / "local"))
-
-    def flaky(module, name, path_of):
-        real = getattr(module, name)
-
-        def call(*args, **kwargs):
-            there = str(path_of(*args, **kwargs)).startswith(str(drive.folder))
-            return drive.call(real, *args, **kwargs) if there else real(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, call)
-
-    flaky(os, "replace", lambda source, target: target)
-    flaky(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
-    flaky(builtins, "open", lambda path, mode="r", *args, **kwargs: path if "w" in mode else "")
-    monkeypatch.setenv("QLORA_WORKSPACE", str(drive.folder / "run"))
-    return drive
-
-
-def test_a_slow_and_flaky_drive_does_not_hold_up_training(drive, tiny, uninterrupted):
-    """A copy to the folder hangs from step 4 on, and does not end before step 9 is done."""
-    stages.set_up(stages.tiny_config(tiny))
-    stages.draw()
-    run, config = stages.open_workspace("02_data_subset")
-    trainer, before = stages.trainer_for(run, config, checkpoint_steps=1), drive.failed
-    on_step_end = trainer.watch.on_step_end
-
-    def watch(args, state, control, **kwargs):
-        on_step_end(args, state, control, **kwargs)
-        if state.global_step == 3:
-            drive.hang()
-        if state.global_step == 4:  # the checkpoint of step 3 is there: it is copied, or one before
-            assert drive.hangs.wait(HANGING), "nothing is copied"
-        if state.global_step == 9:
-            drive.release()
-            raise KeyboardInterrupt
-
-    trainer.watch.on_step_end = watch
-    with pytest.raises(TrainingStopped):
-        trainer.fit(run)
-    assert trainer.checkpoints.copied(HANGING)
-    assert max(int(name[11:]) for name in _names(run / "checkpoints") if name[11:].isdigit()) == 8
-    assert drive.failed > before
-    shutil.rmtree(trainer.checkpoints.folder)  # the machine is gone, the Drive is not
-    stages.train()
-    stages.evaluate()
-    assert stages.result(run.path) == uninterrupted
-    assert not (run / "checkpoints").exists() and not trainer.checkpoints.folder.exists()
-
-
 def test_two_notebooks_in_one_workspace(prepared, workspace):
     """Another process holds it: nothing is written. It is killed: the lock is gone with it."""
     run, trainer = prepared()
     with run.hold("03_qlora_training"):
-        said = (workspace / ".lock").read_text()
+        said = (workspace / ".lock.txt").read_text()
     assert said.startswith(f"03_qlora_training, process {os.getpid()}, since ")
     code = (
         "import fcntl, sys\nfile = open(sys.argv[1])\nfcntl.flock(file, fcntl.LOCK_EX)\n"
@@ -473,7 +386,11 @@ def test_two_notebooks_in_one_workspace(prepared, workspace):
     try:
         assert other.stdout.readline() == "held\n"
         before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*")}
-        for write in (lambda: trainer.fit(run), stages.draw, lambda: run.write("note", "x")):
+        for write in (
+            lambda: stages.fit(run, trainer),
+            stages.draw,
+            lambda: run.write("note", "x"),
+        ):
             with pytest.raises(
                 WorkspaceError,
                 match=r"another notebook is writing to .*\(03_qlora_training, process \d+, since",
@@ -484,26 +401,15 @@ def test_two_notebooks_in_one_workspace(prepared, workspace):
         other.kill()
         other.wait()
     run.write("note", "x")
-    assert len(trainer.fit(run)["train"]) == 12
-
-
-def test_a_folder_without_locks_is_no_obstacle(workspace, monkeypatch, capsys):
-    monkeypatch.setattr(
-        "qlora_helpers.lock.fcntl.flock",
-        lambda *args: (_ for _ in ()).throw(OSError(95, "Operation not supported")),
-    )
-    Workspace(workspace).write("note", "x")
-    assert (
-        workspace / "note"
-    ).read_text() == "x" and "cannot be locked (Operation not supported)" in capsys.readouterr().out
+    assert len(stages.fit(run, trainer)["train"]) == 12
 
 
 def test_training_outside_the_main_thread_needs_no_signals(prepared, workspace):
     run, trainer = prepared()
-    thread = threading.Thread(target=lambda: trainer.fit(run))
+    thread = threading.Thread(target=lambda: stages.fit(run, trainer))
     thread.start()
     thread.join()
-    assert Workspace(workspace).is_current("03_qlora_training", trainer.config)
+    assert Workspace(workspace).is_current("03_qlora_training", vars(trainer.config))
 
 
 def test_no_secret_is_written(prepared, workspace, monkeypatch, capfd):
@@ -512,7 +418,7 @@ def test_no_secret_is_written(prepared, workspace, monkeypatch, capfd):
     run, trainer = prepared(checkpoint_steps=1)
     stages.stop_at(trainer, 7)
     with pytest.raises(TrainingStopped):
-        trainer.fit(run)
+        stages.fit(run, trainer)
     kept = b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
     stages.train()
     kept += b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())

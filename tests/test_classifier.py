@@ -16,8 +16,8 @@ from qlora_helpers import (
     with_temperature,
 )
 from qlora_helpers import classifier as module
-from qlora_helpers.cleaning import clean_text
 from qlora_helpers.errors import DataError, ModelError, QLoraError, WorkspaceError
+from qlora_helpers.texts import clean_text
 
 COLUMNS = ["label", "confidence", *(f"P({label})" for label in LABELS)]
 TEXTS = [

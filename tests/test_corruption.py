@@ -13,8 +13,8 @@ import pytest
 import stages
 
 from qlora_helpers.errors import QLoraError, TrainingStopped
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.widgets import LossPanel
-from qlora_helpers.workspace import Workspace
 
 RUNS = {
     "01_setup": lambda config: stages.set_up(config),
@@ -42,7 +42,7 @@ def made(tiny, tmp_path_factory):
             trainer = stages.trainer_for(workspace, opened, checkpoint_steps=2)
             stages.stop_at(trainer, step=9)
             with pytest.raises(TrainingStopped):
-                trainer.fit(workspace)
+                stages.fit(workspace, trainer)
     return folder, config, right, stages.result(folder / "finished")
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from qlora_helpers.cleaning import clean_text, normalised, tidy_text
 from qlora_helpers.config import LABELS, RunConfig
 from qlora_helpers.data import SPLITS, draw_subset, load_rows
 from qlora_helpers.errors import DataError
+from qlora_helpers.texts import clean_text, normalised, tidy_text
 
 # read when the tests are collected: each of them runs without QLORA_ variables
 AG_NEWS_FOLDER = Path(

@@ -27,12 +27,20 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from qlora_helpers import RunConfig, Workspace, colab, doctor, hub_token, reach, versions
+from qlora_helpers import RunConfig, Workspace
+from qlora_helpers.colab import doctor, drive, hub_token, machine, reach, versions
+from qlora_helpers.colab.doctor import examine, findings_table, require_ok
+from qlora_helpers.colab.estimates import (
+    bytes_written,
+    expected_plan,
+    minutes,
+    model_size,
+    rows_on_cpu,
+)
+from qlora_helpers.colab.mirror import Mirror
 from qlora_helpers.config import AG_NEWS, PROFILES
-from qlora_helpers.doctor import examine, findings_table, require_ok
 from qlora_helpers.errors import ConfigError, PreflightError
-from qlora_helpers.estimates import bytes_written, expected_plan, minutes, model_size, rows_on_cpu
-from qlora_helpers.modeling import embedded_checkpoint, load_base_model
+from qlora_helpers.model import embedded_checkpoint, load_base_model
 
 ROOT = Path(__file__).parents[1]
 T4 = RunConfig(profile="t4", **PROFILES["t4"])
@@ -66,8 +74,8 @@ def t4(monkeypatch):
 @pytest.fixture
 def a_colab(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent / "colab")
-    monkeypatch.setattr(colab, "CONTENT", tmp_path / "content")
-    monkeypatch.setattr(colab, "_without", "credential propagation was unsuccessful")
+    monkeypatch.setattr(machine, "CONTENT", tmp_path / "content")
+    monkeypatch.setattr(drive, "_without", "credential propagation was unsuccessful")
     monkeypatch.setattr(hub_token, "_found", None)
     (tmp_path / "content").mkdir()
     monkeypatch.chdir(tmp_path / "content")
@@ -434,13 +442,13 @@ def test_a_disk_that_is_too_small_stops(t4, hub, workspace, tmp_path, monkeypatc
             _by_area(T4, small / "run")["disk, run"].remedy
             == "Make room for 5.2 GB and half as much again."
         )  # both, on one disk
-        monkeypatch.setattr(colab, "CONTENT", tmp_path)
-        (tmp_path / "drive").symlink_to(small)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        on_drive = _by_area(T4, tmp_path / "drive" / "MyDrive" / "run")["disk, run"]
-        assert on_drive.verdict == "warning" and on_drive.remedy.endswith(
+        areas = {one.area: one for one in examine(T4, Workspace(workspace, Mirror(small, "run")))}
+        assert areas["disk, Google Drive"].verdict == "warning"
+        assert areas["disk, Google Drive"].remedy.endswith(
             "When Drive is full, the run goes on on this machine's own disk."
         )
+        assert areas["workspace"].found.endswith(", copied to Google Drive")
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
 

@@ -9,12 +9,13 @@ from peft import LoraConfig, PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_helpers.batching import checkpoint_layers
+from qlora_helpers.adapter import load_adapter, save_adapter
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.merging import merge_adapter
-from qlora_helpers.modeling import attach_lora, load_adapter, load_base_model, save_adapter
+from qlora_helpers.export import merge_adapter
+from qlora_helpers.fast.plan import checkpoint_layers
+from qlora_helpers.model import attach_lora, load_base_model
 from qlora_helpers.scoring import _label_logits_after, _read_prefix, label_logits
 
 # bitsandbytes reads NF4 on a CPU rightly where a layer's inputs are a multiple of 64

@@ -15,11 +15,11 @@ from fake_hub import COMMIT, FakeHub, write_cache
 
 import qlora_helpers
 from qlora_helpers import HeadlineClassifier
+from qlora_helpers.colab.hub import ANSWER_SECONDS, SILENCE_SECONDS, checkpoint_files
 from qlora_helpers.config import AG_NEWS, PROFILES
 from qlora_helpers.data import parquet_files
 from qlora_helpers.errors import ModelError
-from qlora_helpers.hub import ANSWER_SECONDS, SILENCE_SECONDS, checkpoint_files
-from qlora_helpers.modeling import load_tokenizer
+from qlora_helpers.model import load_tokenizer
 
 MODEL = PROFILES["t4"]["base_model"]
 ADAPTER = "adapters/news"
@@ -29,13 +29,14 @@ _READER = """
 import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from huggingface_hub import constants
-from qlora_helpers import HeadlineClassifier, hub
-from qlora_helpers.adapter_files import find_adapter
+from qlora_helpers import HeadlineClassifier
+from qlora_helpers.colab import hub
+from qlora_helpers.adapter import find_adapter
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import ModelError, QLoraError
-from qlora_helpers.hub import checkpoint_files, fetch
-from qlora_helpers.modeling import load_base_model, load_tokenizer
+from qlora_helpers.colab.hub import checkpoint_files, fetch
+from qlora_helpers.model import load_base_model, load_tokenizer
 
 config = RunConfig(profile="t4", **PROFILES["t4"])
 calls = {

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import stages
 from IPython.core.interactiveshell import InteractiveShell
-from test_csv_rows import TEN, ten_labels
+from test_labelled_csv import TEN, ten_labels
 from traitlets.config import Config
 
 from qlora_helpers import LABELS, reliability, with_temperature
@@ -222,6 +222,24 @@ def test_ten_labels_that_begin_alike_and_hostile_texts_go_through_the_five_noteb
     assert "Two labels begin with the same token" in said["02_data_subset"]
     card = (workspace / "adapter" / "README.md").read_text()
     assert '" A" (alt.misc), " B" (comp.mac)' in card and "AG News" not in card
+
+
+def test_five_machines_hand_the_run_over_by_drive(
+    run_cells, new_machine, tiny, monkeypatch, capsys
+):
+    """Each notebook on a Colab machine of its own, as their readers open them."""
+    sizes = {"TRAIN_SIZE": "16", "VALIDATION_SIZE": "8", "TEST_SIZE": "8", "EPOCHS": "1"}
+    for name, value in (sizes | {"BASE_MODEL": tiny, "MAX_LENGTH": "48"}).items():
+        monkeypatch.setenv(f"QLORA_{name}", value)
+    for path in PATHS:
+        content = new_machine()
+        error, cell = run_cells(path)
+        said = capsys.readouterr().out
+        assert error is None, f"{path.name}, cell {cell}: {said[-3000:]}"
+        pushed = "On Google Drive: MyDrive/qlora_ag_news/cpu" in said
+        assert pushed == (path.stem != "05_inference")  # which exports nothing unless it is asked
+    published = {folder.name for folder in (content / "drive/MyDrive/qlora_ag_news/cpu").iterdir()}
+    assert published == set(NAMES) - {"05_inference"}
 
 
 # run_all.py

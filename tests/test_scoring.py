@@ -13,9 +13,9 @@ from qlora_helpers import scoring
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import ModelError
+from qlora_helpers.fast.packing import use_packed_attention
 from qlora_helpers.metrics import with_temperature
-from qlora_helpers.modeling import attach_lora, compute_dtype, load_base_model
-from qlora_helpers.packing import use_packed_attention
+from qlora_helpers.model import attach_lora, compute_dtype, load_base_model
 from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix, label_token_ids
 from qlora_helpers.scoring import label_logits, label_probabilities, length_batches
 

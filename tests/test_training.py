@@ -18,15 +18,18 @@ from transformers import (
     Qwen2Config,
 )
 
-from qlora_helpers import passes, training
-from qlora_helpers.batching import BatchPlan, decoder_layers
+from qlora_helpers import training
+from qlora_helpers.adapter import load_adapter
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.modeling import attach_lora, compute_dtype, load_adapter, load_base_model
+from qlora_helpers.fast import kernels
+from qlora_helpers.fast.plan import BatchPlan, decoder_layers
+from qlora_helpers.model import attach_lora, compute_dtype, load_base_model
+from qlora_helpers.run.files import write_text
+from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
 from qlora_helpers.widgets import LossPanel
-from qlora_helpers.workspace import Workspace, write_text
 
 CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 TOLERANCE = 1e-5 if compute_dtype()[0] == torch.float32 else 0.03
@@ -71,7 +74,7 @@ def prepared(tiny, tokenizer, config, tmp_path):
             None,
             "as the test says",
         )
-        return LabelTrainer(model, tokenizer, subset, run, plan, tmp_path / "checkpoints")
+        return LabelTrainer(model, tokenizer, subset, run, plan)
 
     return prepare
 
@@ -275,7 +278,7 @@ def test_the_time_left_is_that_of_the_recent_steps_and_the_validations_to_come(
     clock, said = [0.0], []
     monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
     watch = prepared().watch
-    watch.panel = SimpleNamespace(live=lambda history, status: said.append(status))
+    watch.show = lambda history, status: said.append(status)
     state = SimpleNamespace(global_step=0, max_steps=20, num_train_epochs=2, log_history=[])
     watch.on_train_begin()
 
@@ -313,7 +316,7 @@ def test_the_time_left_is_that_of_the_recent_steps_and_the_validations_to_come(
 
 def test_the_panel_is_told_the_time_left_of_a_real_training(prepared):
     trainer, said = prepared(), []
-    trainer.watch.panel = SimpleNamespace(live=lambda history, status: said.append(status))
+    trainer.watch.show = lambda history, status: said.append(status)
     trainer.train()
     assert (
         len(
@@ -359,9 +362,10 @@ def test_the_history_holds_what_the_notebooks_plot(trained):
 def test_fit_writes_the_adapter_and_the_history_once(prepared, tokenizer, workspace, capsys):
     run, trainer = Workspace(workspace), prepared(num_epochs=1)
     write_text(run / "subset" / "rows", "as drawn")
-    run.publish("02_data_subset", trainer.config, ["subset"])
+    run.publish("02_data_subset", vars(trainer.config), ["subset"])
     panel = LossPanel(run)
-    history = trainer.fit(run, panel)
+    history = stages.fit(run, trainer, panel)
+    panel.load()
     assert panel.history == history and bytes(panel.picture.value).startswith(b"\x89PNG")
     assert json.loads((run / "training.json").read_text()) == history
     assert sorted(run.require("03_qlora_training")["files"]) == [
@@ -376,13 +380,13 @@ def test_fit_writes_the_adapter_and_the_history_once(prepared, tokenizer, worksp
     np.testing.assert_array_equal(label_probabilities(loaded, tokenizer, texts, CONFIG), expected)
 
     again = prepared(num_epochs=1)
-    assert again.fit(run) == history
+    assert stages.fit(run, again) == history
     assert again.state.global_step == 0
-    assert "nothing to do" in capsys.readouterr().out
+    assert "holds the finished training" in capsys.readouterr().out
 
     other = prepared(num_epochs=1, seed=7)
-    assert _losses(other.fit(run)) != _losses(history)
-    assert run.is_current("03_qlora_training", other.config)
+    assert _losses(stages.fit(run, other)) != _losses(history)
+    assert run.is_current("03_qlora_training", vars(other.config))
     [earlier] = (run / "earlier").iterdir()
     assert json.loads((earlier / "training.json").read_text()) == history
 
@@ -446,8 +450,8 @@ def test_a_compiler_that_fails_costs_one_line_and_changes_no_loss(trained, monke
 
         return compiled
 
-    monkeypatch.setattr(passes, "_failure", None)
-    monkeypatch.setattr(passes, "_compiles", lambda x: True)
+    monkeypatch.setattr(kernels, "_failure", None)
+    monkeypatch.setattr(kernels, "_compiles", lambda x: True)
     monkeypatch.setattr(torch, "compile", failing)
     _, history, _ = trained()
     assert _losses(history) == _losses(expected) and _losses(history, "validation") == _losses(

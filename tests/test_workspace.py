@@ -1,14 +1,16 @@
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
 
 import pytest
 
+from qlora_helpers.colab.drive import find_workspace, open_workspace
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ConfigError, WorkspaceError
-from qlora_helpers.files import write_text
-from qlora_helpers.workspace import Workspace, open_workspace
+from qlora_helpers.run.files import write_text
+from qlora_helpers.run.workspace import Workspace
 
 
 @pytest.fixture
@@ -18,12 +20,12 @@ def run(workspace, config) -> Workspace:
     _set_up(run, config)
     write_text(run / "subset" / "train.parquet", "rows")
     write_text(run / "subset" / "test.parquet", "other rows")
-    run.publish("02_data_subset", config, ["subset"], inputs=("01_setup",))
+    run.publish("02_data_subset", vars(config), ["subset"], inputs=("01_setup",))
     write_text(run / "adapter" / "weights", "AB")
     write_text(run / "training.json", "{}")
     run.publish(
         "03_qlora_training",
-        config,
+        vars(config),
         ["adapter", "training.json"],
         inputs=("02_data_subset",),
         best_epoch=2,
@@ -33,7 +35,7 @@ def run(workspace, config) -> Workspace:
 
 def _set_up(run, config):
     write_text(run / "config.json", config.to_json())
-    run.publish("01_setup", config, ["config.json"])
+    run.publish("01_setup", vars(config), ["config.json"])
 
 
 def test_published_work_is_found_again(run, config):
@@ -46,7 +48,7 @@ def test_published_work_is_found_again(run, config):
         manifest["files"]["adapter/weights"]
         == "38164fbd17603d73f696b8b4d72664d735bb6a7c88577687fd2ae33fd6964153"
     )
-    assert run.is_current("03_qlora_training", config)
+    assert run.is_current("03_qlora_training", vars(config))
 
 
 def test_open_workspace_gives_the_config_that_01_wrote(run, config):
@@ -57,7 +59,7 @@ def test_open_workspace_gives_the_config_that_01_wrote(run, config):
 @pytest.mark.parametrize("name", ["adapter", "weights.bin"])
 def test_what_is_not_there_cannot_be_published(workspace, config, name):
     with pytest.raises((OSError, WorkspaceError), match=name):
-        Workspace(workspace).publish("03_qlora_training", config, [name])
+        Workspace(workspace).publish("03_qlora_training", vars(config), [name])
 
 
 def test_missing_work_names_the_notebook_to_run(workspace, config):
@@ -113,7 +115,7 @@ def test_a_damaged_file_is_named_with_the_notebook_that_makes_it(run, config, da
         match=rf"subset/train.parquet {message}.* Run notebooks/02_data_subset.ipynb again.",
     ):
         run.require("02_data_subset")
-    assert not run.is_current("02_data_subset", config)
+    assert not run.is_current("02_data_subset", vars(config))
     with pytest.raises(
         WorkspaceError, match="subset/train.parquet .* Run notebooks/02_data_subset.ipynb again."
     ):
@@ -140,11 +142,11 @@ def test_a_new_config_makes_later_work_stale(run, config):
         open_workspace("02_data_subset")
     with pytest.raises(WorkspaceError, match="Run notebooks/02_data_subset.ipynb again."):
         run.require("03_qlora_training")
-    assert not run.is_current("03_qlora_training", config)
+    assert not run.is_current("03_qlora_training", vars(config))
 
 
 def test_work_of_another_config_is_refused(run, config):
-    other = dataclasses.replace(config, num_epochs=1)
+    other = vars(dataclasses.replace(config, num_epochs=1))
     assert not run.is_current("03_qlora_training", other)
     run.publish(
         "03_qlora_training", other, ["adapter", "training.json"], inputs=("02_data_subset",)
@@ -158,8 +160,8 @@ def test_work_of_another_config_is_refused(run, config):
 
 def test_publishing_the_same_again_keeps_later_work_current(run, config):
     _set_up(run, config)
-    run.publish("02_data_subset", config, ["subset"], inputs=("01_setup",), seconds=3.2)
-    assert run.is_current("03_qlora_training", config)
+    run.publish("02_data_subset", vars(config), ["subset"], inputs=("01_setup",), seconds=3.2)
+    assert run.is_current("03_qlora_training", vars(config))
 
 
 def test_the_environment_must_not_contradict_the_workspace(run, monkeypatch):
@@ -176,7 +178,7 @@ def test_set_aside_keeps_the_old_files(run, config):
     assert json.loads((earlier / "manifest.json").read_text())["notebook"] == "03_qlora_training"
     assert not any((run / name).exists() for name in names)
     assert run.set_aside("03_qlora_training", names) is None
-    assert run.is_current("02_data_subset", config)
+    assert run.is_current("02_data_subset", vars(config))
     with pytest.raises(WorkspaceError, match="Run notebooks/03_qlora_training.ipynb first."):
         run.require("03_qlora_training")
 
@@ -197,7 +199,7 @@ def test_write_text_is_whole_or_not_at_all(tmp_path):
 def test_the_default_workspace_is_the_same_from_the_notebooks_folder(tmp_path, monkeypatch, folder):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / folder)
-    assert Workspace.locate().path == tmp_path / "runs" / "cpu"
+    assert find_workspace().path == tmp_path / "runs" / "cpu"
 
 
 @pytest.mark.parametrize("folder", [".", "notebooks"])
@@ -205,14 +207,14 @@ def test_a_relative_workspace_is_the_same_from_the_notebooks_folder(tmp_path, mo
     (tmp_path / "notebooks").mkdir()
     monkeypatch.chdir(tmp_path / folder)
     monkeypatch.setenv("QLORA_WORKSPACE", "my run")
-    located = Workspace.locate()
+    located = find_workspace()
     assert (located.path, str(located)) == (tmp_path / "my run", "my run")
 
 
 def test_a_workspace_can_be_moved(run, config, tmp_path):
     shutil.move(run.path, tmp_path / "elsewhere")
     assert Workspace(tmp_path / "elsewhere").is_current(
-        "03_qlora_training", RunConfig.from_json(config.to_json())
+        "03_qlora_training", vars(RunConfig.from_json(config.to_json()))
     )
 
 
@@ -257,7 +259,7 @@ def test_what_a_notebook_may_have_written_is_found_or_none_or_named(run, config)
             "04_evaluation", "adapter/calibration.json"
         )  # it was stopped before it published
     run.publish(
-        "04_evaluation", config, ["adapter/calibration.json"], inputs=("03_qlora_training",)
+        "04_evaluation", vars(config), ["adapter/calibration.json"], inputs=("03_qlora_training",)
     )
     assert run.find_json("04_evaluation", "adapter/calibration.json") == {"temperature": 2.5}
     (run / "adapter" / "calibration.json").unlink()
@@ -271,12 +273,12 @@ def test_what_a_notebook_may_have_written_is_found_or_none_or_named(run, config)
 def test_what_was_read_must_still_be_there_when_it_is_built_upon(run, config):
     opened, _ = open_workspace("02_data_subset")
     run.write("subset/train.parquet", "newer rows")
-    run.publish("02_data_subset", config, ["subset"], inputs=("01_setup",))
+    run.publish("02_data_subset", vars(config), ["subset"], inputs=("01_setup",))
     with pytest.raises(
         WorkspaceError,
         match="02_data_subset was run with other settings or data after this notebook had read",
     ):
-        opened.publish("03_qlora_training", config, ["adapter"], inputs=("02_data_subset",))
+        opened.publish("03_qlora_training", vars(config), ["adapter"], inputs=("02_data_subset",))
 
 
 def test_a_folder_in_the_place_of_a_file_is_replaced(run):
@@ -294,3 +296,20 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run):
         match="training.json cannot be read .Not an ordinary file.. Run notebooks/03_qlora_training",
     ):
         run.require("03_qlora_training")
+
+
+def test_a_file_is_read_once_while_it_does_not_change(run, monkeypatch):
+    path, read, digest = run / "adapter" / "weights", [], hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: read.append(file.name) or digest(file, kind)
+    )
+    os.utime(path, ns=(0, 10**18))  # written long ago
+    for _ in range(3):
+        run.require("03_qlora_training")
+    assert read.count(str(path)) == 1
+    path.write_text("BA")  # a moment ago: the clock of its disk may not show the next change
+    for _ in range(2):
+        with pytest.raises(WorkspaceError, match="weights is not what 03_qlora_training wrote"):
+            run.require("03_qlora_training")
+    path.write_text("AB")
+    run.require("03_qlora_training")

@@ -25,15 +25,18 @@ import resource
 import statistics
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 
-from qlora_helpers import batching, modeling, scoring
+from qlora_helpers import model as loading
+from qlora_helpers import scoring
 from qlora_helpers.config import RunConfig
-from qlora_helpers.dropout import masks_of
-from qlora_helpers.packing import use_packed_attention
+from qlora_helpers.fast import plan as planning
+from qlora_helpers.fast.dropout import masks_of
+from qlora_helpers.fast.packing import use_packed_attention
 
 SETTINGS = ["plain:16:none", "fused:16:plan", "fused:32:plan", "fused:64:plan", "fused:128:plan"]
 
@@ -74,12 +77,12 @@ def main() -> None:
     if args.force_t4:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-        modeling.compute_dtype = lambda: (torch.float16, "asked for by --force-t4")
+        loading.compute_dtype = lambda: (torch.float16, "asked for by --force-t4")
     if torch.cuda.is_available():
         torch.zeros(1).cuda()  # CUDA's own share of the host memory comes before
     with HostMemory() as host:
         start = time.perf_counter()
-        base = modeling.load_base_model(
+        base = loading.load_base_model(
             RunConfig("cpu", args.checkpoint, "sample", 1, 1, 1, learning_rate=2e-4)
         )
         seconds = time.perf_counter() - start
@@ -118,7 +121,7 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    model = modeling.attach_lora(base, lora, seed=0).train()
+    model = loading.attach_lora(base, lora, seed=0).train()
     logits = scoring.label_logits
     if not fused:
         base.set_attn_implementation("sdpa")
@@ -127,11 +130,13 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
         logits = plain_logits
     try:
         if kept == "plan":
-            plan = batching.plan_encoded(model, prompts, label_ids, size)
+            plan = planning.plan_encoded(
+                model, prompts, partial(scoring.label_logits, model, label_ids=label_ids), size
+            )
             result["plan"] = vars(plan)
         else:
-            named = {"all": len(batching.decoder_layers(model)) * 10**6, "none": 0}
-            plan = batching.BatchPlan(
+            named = {"all": len(planning.decoder_layers(model)) * 10**6, "none": 0}
+            plan = planning.BatchPlan(
                 micro, size // micro, named[kept] if kept in named else int(kept), None, ""
             )
         step = training_step(model, logits, tokens, label_ids, plan)
@@ -186,7 +191,7 @@ def measure(base, tokens: dict, setting: str, args) -> dict:
         }
     except torch.OutOfMemoryError:
         result["out_of_memory"] = True
-    batching.checkpoint_layers(model, 0)
+    planning.checkpoint_layers(model, 0)
     use_packed_attention(base)
     model.unload()
     return result
@@ -210,19 +215,19 @@ def plain_logits(model, encoded, label_ids: list[int]) -> torch.Tensor:
         )
 
 
-def training_step(model, logits, tokens: dict, label_ids: list[int], plan: batching.BatchPlan):
+def training_step(model, logits, tokens: dict, label_ids: list[int], plan: planning.BatchPlan):
     """A function that trains on one effective batch of row numbers, as the Trainer would, and returns its loss."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2e-4, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler(model.device.type, enabled=model.dtype == torch.float16)
-    layers, steps = len(batching.decoder_layers(model)), itertools.count()
+    layers, steps = len(planning.decoder_layers(model)), itertools.count()
 
     def step(batch: list[int]) -> torch.Tensor:
         total, seed = 0.0, [0, next(steps)]
         for i in range(0, len(batch), plan.micro_batch_size):
             rows = batch[i : i + plan.micro_batch_size]
             encoded = [tokens["short"][j] for j in rows]
-            batching.checkpoint_layers(
+            planning.checkpoint_layers(
                 model, plan.checkpointed_layers(layers, sum(map(len, encoded)))
             )
             labels = torch.tensor([tokens["label"][j] for j in rows], device=model.device)
@@ -301,7 +306,7 @@ def synchronize() -> None:
 
 
 def reset_peak() -> None:
-    batching.free_memory()
+    planning.free_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 

@@ -1,16 +1,18 @@
 """What needs a GPU: float16 with the compiled passes, the masks drawn there, checkpointing, and plans within a memory cap."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig
 
-from qlora_helpers.batching import checkpoint_layers, plan_encoded
-from qlora_helpers.dropout import masks_of
-from qlora_helpers.lora import fuse_lora
-from qlora_helpers.packing import use_packed_attention
-from qlora_helpers.passes import keep_mask, mix
+from qlora_helpers.fast.dropout import masks_of
+from qlora_helpers.fast.kernels import keep_mask, mix
+from qlora_helpers.fast.lora import fuse_lora
+from qlora_helpers.fast.packing import use_packed_attention
+from qlora_helpers.fast.plan import checkpoint_layers, plan_encoded
 from qlora_helpers.scoring import label_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -157,7 +159,9 @@ def test_a_plan_fits_the_memory_it_is_given(checkpoint):
         for gib in (8.0, 1.0, 0.6, 0.4):
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
-            plan = plan_encoded(model, rows, [1, 2, 3, 4], 16)
+            plan = plan_encoded(
+                model, rows, partial(label_logits, model, label_ids=[1, 2, 3, 4]), 16
+            )
             assert plan.peak_gib <= 0.9 * gib
             checkpoint_layers(
                 model, plan.checkpointed_layers(2, sum(map(len, rows[: plan.micro_batch_size])))

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from qlora_helpers import modeling, training
-from qlora_helpers.batching import BatchPlan
+from qlora_helpers import model as loading
+from qlora_helpers import training
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
 from qlora_helpers.errors import TrainingStopped
+from qlora_helpers.fast.plan import BatchPlan
 from qlora_helpers.prompts import build_prompt
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -55,7 +56,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def float16(monkeypatch):
-    for module in (modeling, training):
+    for module in (loading, training):
         monkeypatch.setattr(module, "compute_dtype", lambda: (torch.float16, "as on a T4"))
 
 
@@ -88,7 +89,7 @@ def outcome(folder, trainer):
 
 def test_stopped_at_five_points_it_ends_as_if_never_stopped(checkpoint, tmp_path, monkeypatch):
     workspace, trainer = prepared(tmp_path / "whole", checkpoint, monkeypatch)
-    trainer.fit(workspace)
+    stages.fit(workspace, trainer)
     history, adapter, scaler = outcome(tmp_path / "whole", trainer)
     assert history["skipped_steps"] == 2 and scaler["scale"] == 65536 / 4
     assert len(LABELS) == 4 and all(math.isfinite(entry["loss"]) for entry in history["train"])
@@ -97,11 +98,11 @@ def test_stopped_at_five_points_it_ends_as_if_never_stopped(checkpoint, tmp_path
         workspace, trainer = prepared(folder, checkpoint, monkeypatch)
         stages.stop_at(trainer, step)
         with pytest.raises(TrainingStopped, match=f"The checkpoint of step {step} is written"):
-            trainer.fit(workspace)
+            stages.fit(workspace, trainer)
         assert (folder / "checkpoints" / f"checkpoint-{step}" / "scaler.pt").exists()
         del trainer
         workspace, trainer = prepared(folder, checkpoint, monkeypatch)
-        trainer.fit(workspace)
+        stages.fit(workspace, trainer)
         found, weights, state = outcome(folder, trainer)
         assert found["skipped_steps"] == history["skipped_steps"] and state == scaler, step
         for part in ("train", "validation"):

@@ -1,0 +1,1 @@
+"""Google Colab: its machine, its Drive, its secrets, the hub."""

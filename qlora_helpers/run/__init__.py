@@ -1,0 +1,1 @@
+"""What one notebook hands to the next: the workspace, checkpoints, whole files."""
