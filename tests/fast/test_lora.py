@@ -10,7 +10,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
 
 from qlora_helpers.fast.dropout import masks_of, use_row_dropout
-from qlora_helpers.fast.lora import _Group, _linear, fuse_lora
+from qlora_helpers.fast.groups import Group
+from qlora_helpers.fast.lora import _linear, fuse_lora
 from qlora_helpers.fast.packing import pack, use_packed_attention
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -168,7 +169,7 @@ def test_dropout_is_unbiased(checkpoint):
     model = lora_model(checkpoint, 0.2)
     use_row_dropout(model)
     attention = model.get_base_model().model.layers[0].self_attn
-    group, draws = _Group([attention.q_proj, attention.k_proj, attention.v_proj]), 4000
+    group, draws = Group([attention.q_proj, attention.k_proj, attention.v_proj]), 4000
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found = _linear(group, group.adapter(), x.expand(draws, 64).contiguous())
@@ -200,9 +201,9 @@ def test_a_large_batch_without_gradients_adds_the_adapter_to_a_copy_of_the_weigh
     expected = logits_one_by_one(lora_model(checkpoint, nf4=nf4).eval()).detach().repeat(16, 1)
     model, added = fuse_lora(lora_model(checkpoint, nf4=nf4)).eval(), []
     monkeypatch.setattr(
-        _Group,
+        Group,
         "tuned",
-        lambda group, adapter, tuned=_Group.tuned: (
+        lambda group, adapter, tuned=Group.tuned: (
             added.append(group.sizes) or tuned(group, adapter)
         ),
     )
