@@ -41,7 +41,8 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     ),
     "adapter": ("load_adapter", "save_adapter"),
     "fast.plan": ("BatchPlan",),
-    "training": ("LabelTrainer", "plan_batches", "what_validation_says"),
+    "training": ("LabelTrainer", "plan_batches"),
+    "history": ("what_validation_says",),
     "scoring": ("check_same_adapter", "label_logits", "label_probabilities"),
     # 04_evaluation
     "metrics": (

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.config import RunConfig
@@ -25,6 +26,7 @@ from qlora_helpers.fast.plan import (
     free_memory,
     plan_encoded,
 )
+from qlora_helpers.history import Watch, losses
 from qlora_helpers.metrics import scores
 from qlora_helpers.model import compute_dtype
 from qlora_helpers.prompts import encode_prompts, label_token_ids, label_words
@@ -51,88 +53,6 @@ def plan_batches(
         lambda rows: label_logits(model, rows, label_ids),
         config.effective_batch_size,
     )
-
-
-def what_validation_says(history: dict) -> str:
-    """What the validation losses of `LabelTrainer.history` did, in a sentence.
-    It guesses nothing of more epochs."""
-    first, *epochs = history["validation"]
-    kept, last = min(epochs, key=lambda e: e["loss"]), epochs[-1]
-    if kept["loss"] >= first["loss"]:
-        return (
-            f"Validation loss was {first['loss']:.3f} before training, and is not lower after "
-            f"any epoch ({kept['loss']:.3f} at best): training has not helped."
-        )
-    if kept is not last:
-        return (
-            f"Validation loss was lowest after epoch {kept['epoch']:g} ({kept['loss']:.3f}) "
-            f"and is {last['loss']:.3f} after the last: later epochs did not help on these "
-            "rows."
-        )
-    before = epochs[-2] if len(epochs) > 1 else first
-    return (
-        f"Validation loss fell from {before['loss']:.3f} to {last['loss']:.3f} in the last "
-        "epoch. Only a training with more epochs can tell whether it would fall further."
-    )
-
-
-class _Watch(TrainerCallback):
-    """Adds the time to what is logged, counts the steps that the float16 scaler skipped after an overflow, and shows how far it is."""
-
-    def __init__(self, trainer: "LabelTrainer"):
-        self.trainer, self.show, self.skipped_steps = trainer, None, 0
-        self.before, self.start = (
-            0.0,
-            time.perf_counter(),
-        )  # seconds spent before the training went on
-        self.step_start, self.steps = 0.0, []  # seconds of each step of this process
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.start
-
-    def on_train_begin(self, *args, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_begin(self, *args, **kwargs):
-        self.step_start = time.perf_counter()
-
-    def on_step_end(self, *args, **kwargs):
-        self.steps.append(time.perf_counter() - self.step_start)
-        self.skipped_steps += self.trainer.accelerator.optimizer_step_was_skipped
-
-    def on_log(self, args, state, control, **kwargs):
-        seconds = self.seconds
-        state.log_history[-1]["seconds"] = round(seconds, 2)
-        if self.show and state.global_step:
-            rate = state.global_step * self.trainer.config.effective_batch_size / seconds
-            peak = self.trainer.peak_gib()
-            memory = "" if peak is None else f", peak {peak:.1f} GiB of GPU memory"
-            self.show(
-                lambda: self.trainer.history(seconds),
-                f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
-                + self._left(state)
-                + memory,
-            )
-
-    def step_rows_per_second(self) -> float | None:
-        """Return the rows a second of the median step; None before the second step, since the first compiles."""
-        if len(self.steps) < 2:
-            return None
-        return round(self.trainer.config.effective_batch_size / float(np.median(self.steps[1:])), 2)
-
-    def _left(self, state) -> str:
-        """The time of the steps and validations to come, by recent steps and the last validation.
-        The first of each compile; a row validates no slower than it trains."""
-        if len(self.steps) < 2:
-            return ""
-        step = float(np.median(self.steps[1:][-50:]))
-        batches = len(self.trainer.eval_dataset) / self.trainer.config.effective_batch_size
-        validations = [e["eval_runtime"] for e in state.log_history if "eval_runtime" in e]
-        to_come = max(0, state.num_train_epochs + 1 - len(validations))  # one comes before training
-        seconds = step * (state.max_steps - state.global_step)
-        seconds += to_come * min([step * batches, *validations[-1:]])
-        return f", {seconds / 60:.1f} minutes left"
 
 
 class LabelTrainer(ResumableTrainer):
@@ -211,7 +131,7 @@ class LabelTrainer(ResumableTrainer):
                 )
             ),
         )
-        self.watch = _Watch(self)
+        self.watch = Watch(self)
         self.add_callback(self.watch)
         self.model_accepts_loss_kwargs = (
             True  # asks for num_items_in_batch, by which compute_loss divides ...
@@ -306,13 +226,13 @@ class LabelTrainer(ResumableTrainer):
                 f"a single row of {tokens} tokens runs out of GPU memory: set QLORA_MAX_LENGTH lower, or free the GPU "
                 "of other work."
             )
-        half = -(-rows // 2)
+        half = math.ceil(rows / 2)
         less = (
             {"kept_activations": kept // 2}
             if kept >= tokens
             else {
                 "micro_batch_size": half,
-                "gradient_accumulation_steps": -(-self.config.effective_batch_size // half),
+                "gradient_accumulation_steps": math.ceil(self.config.effective_batch_size / half),
             }
         )
         reason = f"step {self.state.global_step + 1} ran out of memory over {rows} rows ({tokens:,} tokens)"
@@ -414,26 +334,7 @@ class LabelTrainer(ResumableTrainer):
         """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed
         (`rows_per_second` with validation and checkpoints, `step_rows_per_second` without),
         plan, label words, and `best_probabilities`: (validation rows, labels) at the best epoch."""
-        log = self.state.log_history
-        validation = [
-            {name: e[name] for name in ("step", "epoch", "seconds")}
-            | {name: e[f"eval_{name}"] for name in ("loss", "accuracy", "macro_f1")}
-            for e in log
-            if "eval_loss" in e
-        ]
-        return {
-            "train": [
-                {
-                    k: e[k]
-                    for k in ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
-                }
-                for e in log
-                if "loss" in e
-            ],
-            "validation": validation,  # its first entry is before training
-            "best_epoch": min(validation[1:], key=lambda e: e["loss"])["epoch"]
-            if len(validation) > 1
-            else None,
+        return losses(self.state.log_history) | {
             "seconds": round(seconds, 2),  # as in the log: never less than there
             "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
             "step_rows_per_second": self.watch.step_rows_per_second(),

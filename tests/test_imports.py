@@ -18,6 +18,7 @@ FRONT = [
     "families",
     "model",
     "metrics",
+    "history",
     "training",
     "plots",
     "curve",

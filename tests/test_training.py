@@ -18,6 +18,7 @@ from transformers import (
     Qwen2Config,
 )
 
+from qlora_helpers import history as history_module
 from qlora_helpers import training
 from qlora_helpers.adapter import load_adapter
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
@@ -267,7 +268,7 @@ def _validation(*losses: float) -> dict:
     ],
 )
 def test_what_validation_says_is_what_is_known(losses, says):
-    assert training.what_validation_says(_validation(*losses)).startswith(says)
+    assert history_module.what_validation_says(_validation(*losses)).startswith(says)
 
 
 def test_the_time_left_is_that_of_the_recent_steps_and_the_validations_to_come(
