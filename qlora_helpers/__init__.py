@@ -63,14 +63,10 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "export": ("export_adapter", "merge_adapter", "merged_bytes"),
     # figures and panels
     "plots": (),
-    "widgets": (
-        "ErrorExplorer",
-        "LossPanel",
-        "review_table",
-        "EXAMPLES",
-        "HeadlinePanel",
-        "FilePanel",
-    ),
+    "widgets.loss_panel": ("LossPanel",),
+    "widgets.error_explorer": ("ErrorExplorer", "review_table"),
+    "widgets.headline_panel": ("EXAMPLES", "HeadlinePanel"),
+    "widgets.file_panel": ("FilePanel",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF, "plots"]

@@ -14,7 +14,7 @@ import stages
 
 from qlora_helpers.errors import QLoraError, TrainingStopped
 from qlora_helpers.run.workspace import Workspace
-from qlora_helpers.widgets import LossPanel
+from qlora_helpers.widgets.loss_panel import LossPanel
 
 RUNS = {
     "01_setup": lambda config: stages.set_up(config),

@@ -29,7 +29,7 @@ FRONT = [
 ]
 USE_RUN = {"training", "adapter", "classifier", "export"}
 USE_HUB = {"data", "model", "adapter"}
-MOST_DEPTH = 10  # 8 is wanted
+MOST_DEPTH = 9  # 8 is wanted
 MOST_LINES = 300
 LONG = {"training"}
 

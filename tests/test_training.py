@@ -30,7 +30,7 @@ from qlora_helpers.run.files import write_text
 from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.scoring import check_same_adapter, label_logits, label_probabilities
 from qlora_helpers.training import LabelTrainer
-from qlora_helpers.widgets import LossPanel
+from qlora_helpers.widgets.loss_panel import LossPanel
 
 CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 TOLERANCE = 1e-5 if compute_dtype()[0] == torch.float32 else 0.03
