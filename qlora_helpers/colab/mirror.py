@@ -11,6 +11,7 @@ Drive may hang, for hours. Only threads touch it, and nothing waits for one that
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import re
@@ -156,11 +157,13 @@ class Mirror:
             shutil.rmtree(folder)  # a checkpoint of another training
         if not old or not self._is_there(folder, root, manifest):
             try:
-                for name in manifest["files"]:
-                    self._copy(root / name, folder / name)
-                check_files(manifest, root)  # nothing was written there meanwhile
-            except DAMAGE:
-                shutil.rmtree(folder, ignore_errors=True)
+                for name, digest in manifest["files"].items():
+                    self._copy(root / name, folder / name, digest)
+            except DAMAGE as error:
+                if old and isinstance(error, ValueError):
+                    return  # it is on Drive; here something newer is being written
+                if not old:
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
             if not self._is_there(folder, root, manifest):
                 raise OSError(errno.EIO, f"{entry} has lost a file")
@@ -180,26 +183,42 @@ class Mirror:
         if not self._background.failed.keys() - {group}:
             shutil.rmtree(self.folder / group, ignore_errors=True)
 
-    def _copy(self, source: Path, target: Path) -> None:
+    def _copy(self, source: Path, target: Path, digest: str | None = None) -> None:
         ordinary(source)
         with open(source, "rb") as file:
-            self._write(file, target)
+            self._write(file, target, digest)
 
-    def _write(self, source: BinaryIO, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f"{target.name}.{_unique()}")
+    def _write(self, source: BinaryIO, target: Path, digest: str | None = None) -> None:
+        """Write `target`, whole or not at all. Raises ValueError, and leaves what is there, if what
+        comes has not the SHA-256 `digest`."""
+        self._make_folder(target.parent)
+        beside, found = target.with_name(f"{target.name}.{_unique()}"), hashlib.sha256()
         try:
             with open(beside, "wb") as file:
                 while chunk := source.read(2**20):
                     file.write(chunk)
+                    found.update(chunk)
                     self._background.moved += len(chunk)
                 file.flush()
                 os.fsync(file.fileno())
+            if digest and found.hexdigest() != digest:
+                raise ValueError(f"{target.name} was changed while it was copied")
             os.replace(beside, target)
-        except OSError:
+        except (OSError, ValueError):
             with contextlib.suppress(OSError):
                 beside.unlink()
             raise
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make `folder`, but never the place where Drive is mounted: the next mount needs it."""
+        if not folder.is_relative_to(self.drive):
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        path = self.drive
+        for part in folder.relative_to(self.drive).parts:
+            path = path / part
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
 
     def _check_mounted(self) -> None:
         if not os.path.isdir(self.drive):  # False for a mount that has died, too
