@@ -21,6 +21,7 @@ from qlora_helpers.colab import mirror
 from qlora_helpers.colab.mirror import Mirror
 from qlora_helpers.errors import TrainingStopped, WorkspaceError
 from qlora_helpers.run import files
+from qlora_helpers.run.exchange import push_all
 
 LONG = 300  # seconds: what answers does so in time, on a busy machine too
 
@@ -287,6 +288,17 @@ def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_mac
     assert found[-1] == b"newer"
 
 
+def test_files_that_changed_since_they_were_published_replace_nothing(drive, new_machine):
+    new_machine()
+    workspace = publish(seed=1)
+    workspace.push()
+    before = everything(drive)
+    workspace.write("subset/train.parquet", "newer, and not published yet")
+    push_all(workspace)
+    workspace.push()
+    assert everything(drive) == before
+
+
 def _push_and_die(kill_at: int) -> None:
     changes = 0
 
@@ -381,10 +393,10 @@ def patch_write(monkeypatch):
     real = Mirror._write
 
     def refuse(name):
-        def write(self, source, target):
+        def write(self, source, target, *digest):
             if target.name == name:
                 raise OSError(28, "No space left on device")
-            real(self, source, target)
+            real(self, source, target, *digest)
 
         monkeypatch.setattr(Mirror, "_write", write)
 
