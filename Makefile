@@ -1,6 +1,6 @@
 # make run: the five notebooks, one after the other.   make app: 05's panels as a page.
 # make test: everything that can be checked without a GPU, in at most 12 minutes on two cores.
-# make test-quick: the part that needs no real model, in at most 3.
+# make test-quick: the part that needs no real model, in about 5.
 # make test-colab: the same as make test, with Colab's versions.
 PYTHON ?= python3
 VENV := .venv
