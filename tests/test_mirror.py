@@ -418,3 +418,18 @@ def test_an_earlier_training_can_be_compared_with_on_another_machine(new_machine
     assert find_workspace().earlier_json("training.json").keys() == {
         path.name for path in (workspace / "earlier").iterdir()
     }
+
+
+def test_a_checkpoint_that_changed_does_not_pass_for_one_that_is_on_drive(drive, tmp_path):
+    """Drive has another training's checkpoint of that step: it goes, and the failure is said."""
+    mirror_of_run, root = Mirror(drive, "cpu"), tmp_path / "checkpoint-1"
+    for content in ("one", "two"):
+        files.write_text(root / "state", content)
+        manifest = files.manifest_of(root, ["state"], step=1)
+        if content == "two":
+            files.write_text(root / "state", "being written")
+            with pytest.raises(ValueError, match="state is not what its manifest names"):
+                mirror_of_run._copy_out("checkpoints/checkpoint-1", root, manifest)
+        else:
+            mirror_of_run._copy_out("checkpoints/checkpoint-1", root, manifest)
+    assert not (mirror_of_run.folder / "checkpoints" / "checkpoint-1").exists()

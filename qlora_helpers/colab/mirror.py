@@ -28,7 +28,6 @@ from qlora_helpers.run.checkpoints import prune
 from qlora_helpers.run.exchange import adopt, adopt_earlier
 from qlora_helpers.run.files import (
     DAMAGE,
-    check_files,
     ordinary,
     put_in_place,
     read_manifest,
@@ -143,8 +142,7 @@ class Mirror:
         def fetch():
             manifest = read_manifest(self.folder / entry / "manifest.json")
             for name in names:
-                self._copy(self.folder / entry / name, folder / name)
-            check_files({"files": {name: manifest["files"][name] for name in names}}, folder)
+                self._copy(self.folder / entry / name, folder / name, manifest["files"][name])
 
         self._call(fetch)
 
@@ -155,6 +153,7 @@ class Mirror:
             old = read_manifest(folder / "manifest.json")
         if old and old["files"] != manifest["files"]:
             shutil.rmtree(folder)  # a checkpoint of another training
+            old = None
         if not old or not self._is_there(folder, root, manifest):
             try:
                 for name, digest in manifest["files"].items():
@@ -202,7 +201,7 @@ class Mirror:
                 file.flush()
                 os.fsync(file.fileno())
             if digest and found.hexdigest() != digest:
-                raise ValueError(f"{target.name} was changed while it was copied")
+                raise ValueError(f"{target.name} is not what its manifest names")
             os.replace(beside, target)
         except (OSError, ValueError):
             with contextlib.suppress(OSError):
