@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,7 +18,7 @@ from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError, reason
 from qlora_helpers.model import fused
 from qlora_helpers.prompts import TEMPLATE
-from qlora_helpers.run.files import copy_folder, writing
+from qlora_helpers.run.files import DAMAGE, copy_folder, ordinary, writing
 
 SETTINGS, WEIGHTS = "qlora_config.json", "adapter_model.safetensors"
 _REMEDY = "Take the whole folder that notebooks/03_qlora_training.ipynb writes, or run that again."
@@ -186,15 +185,7 @@ def check_adapter(model: PreTrainedModel, folder: Path) -> None:
     Only JSON and the header of the weights are read; nothing follows a path that the folder names."""
     try:
         _check(model, folder)
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        SafetensorError,
-    ) as error:
+    except (*DAMAGE, SafetensorError) as error:
         raise ModelError(
             f"the adapter in {folder} is refused: {reason(error)}. Nothing of it was loaded. If it should be this run's own, "
             "run notebooks/03_qlora_training.ipynb again."
@@ -207,7 +198,7 @@ def _check(model: PreTrainedModel, folder: Path) -> None:
             raise ValueError(
                 f"it holds {path.name}, where adapter_config.json and adapter_model.safetensors are all that is wanted"
             )
-    if _size(folder / "adapter_config.json") > 2**20:
+    if ordinary(folder / "adapter_config.json") > 2**20:
         raise ValueError("adapter_config.json is longer than a mebibyte")
     config = json.loads((folder / "adapter_config.json").read_bytes())
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -258,7 +249,7 @@ def _check(model: PreTrainedModel, folder: Path) -> None:
             }
     if not expected:
         raise ValueError(f"the base model has no layers named {str(targets)[:80]}")
-    _size(folder / "adapter_model.safetensors")
+    ordinary(folder / "adapter_model.safetensors")
     with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
         names = set(tensors.keys())
         if odd := sorted(names ^ expected.keys()):
@@ -275,11 +266,3 @@ def _plain(value):
     return (
         value if isinstance(value, (str, int, float, bool, dict, list, type(None))) else str(value)
     )
-
-
-def _size(path: Path) -> int:
-    """Return the bytes of a file. Raises ValueError for anything else in its place: a pipe would be waited for."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("Not an ordinary file")
-    return status.st_size

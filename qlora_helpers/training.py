@@ -240,9 +240,9 @@ class LabelTrainer(ResumableTrainer):
         self.plan = dataclasses.replace(self.plan, **less, reason=reason)
 
     def _check_losses(self):
-        losses, self._losses = self._losses, []
+        parts, self._losses = self._losses, []
         for value, (_, rows) in zip(
-            torch.stack([loss for loss, _ in losses]).tolist(), losses, strict=True
+            torch.stack([loss for loss, _ in parts]).tolist(), parts, strict=True
         ):
             if not np.isfinite(value):
                 raise ModelError(

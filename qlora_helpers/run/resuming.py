@@ -1,6 +1,7 @@
 """A Trainer that can be stopped anywhere, and goes on to the result that it would have had."""
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -80,10 +81,10 @@ class ResumableTrainer(Trainer):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(
-            -len(self.train_dataset)
-            // (self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps)
+        effective_batch_size = (
+            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         )
+        return math.ceil(len(self.train_dataset) / effective_batch_size)
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         """Return the trainable parameters by name. They are looked up once: LoRA makes thousands of modules of a model."""
