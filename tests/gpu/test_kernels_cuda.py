@@ -1,11 +1,12 @@
-"""The compiled passes on a GPU: kernels for a T4, one compilation for all lengths, and a way back."""
+"""The Triton kernels on a GPU: their values, code for a T4, one compilation for all lengths, and
+a way back."""
 
 import re
+from collections import defaultdict
 
 import pytest
 import torch
 from test_lora_cuda import checkpoint, gradients, lora_model  # noqa: F401 (checkpoint is a fixture)
-from transformers import AutoModelForCausalLM, MistralConfig
 
 from qlora_helpers.fast import kernels
 from qlora_helpers.fast.lora import fuse_lora
@@ -14,6 +15,8 @@ from qlora_helpers.model import use_expandable_segments
 from qlora_helpers.scoring import label_logits
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+if torch.cuda.is_available():
+    from qlora_helpers.fast import triton_kernels
 LENGTHS = [[5], [9], [3, 8, 13], [40, 2], [7, 7, 7], [64] * 4]
 
 
@@ -21,7 +24,6 @@ LENGTHS = [[5], [9], [3, 8, 13], [40, 2], [7, 7, 7], [64] * 4]
 def model(checkpoint):  # noqa: F811
     model = fuse_lora(lora_model(checkpoint, 0.05))
     use_packed_attention(model.get_base_model())
-    torch._dynamo.reset()
     return model
 
 
@@ -31,53 +33,75 @@ def score(model, lengths: list[int]) -> torch.Tensor:
         return label_logits(model.eval(), rows, list(range(64)))
 
 
-def test_every_kernel_of_training_and_scoring_compiles_for_a_t4(model, monkeypatch):
+def compiled_kernels() -> list:
+    """Every variant of every Triton kernel that this process has compiled."""
+    functions = [one for one in vars(triton_kernels).values() if hasattr(one, "device_caches")]
+    caches = [cache for one in functions for cache in one.device_caches.values()]
+    return [kernel for cache in caches for kernel in cache[0].values()]
+
+
+def test_every_kernel_of_training_and_scoring_compiles_for_a_t4(model):
     """An H100 emits no code for capability 7.5: each kernel's source is compiled again for it."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    compile_kernel, seen = triton.compile, []
-
-    def recorded(source, target=None, options=None, **kwargs):
-        seen.append((source, options))
-        return compile_kernel(source, target=target, options=options, **kwargs)
-
-    monkeypatch.setattr(triton, "compile", recorded)
-    with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
-        gradients(model.train())
-        score(model, [5, 9])
-    names = {source.name for source, _ in seen}
-    print(f"{len(names)} kernels: {sorted(names)}")
-    assert len(names) >= 7
-    for source, options in seen:
-        ptx = compile_kernel(source, target=GPUTarget("cuda", 75, 32), options=options).asm["ptx"]
-        assert re.search(r"\.target sm_75\b", ptx), source.name
+    gradients(model.train())
+    score(model, [5, 9])
+    kernels_used = compiled_kernels()
+    names = {kernel.name for kernel in kernels_used}
+    expected = {"_drop", "_drop_backward", "_swiglu", "_swiglu_backward", "_heads"}
+    assert names == expected | {"_heads_backward"}
+    for kernel in kernels_used:
+        ptx = triton.compile(kernel.src, target=GPUTarget("cuda", 75, 32)).asm["ptx"]
+        assert re.search(r"\.target sm_75\b", ptx), kernel.name
 
 
-def test_scoring_compiles_once_for_all_lengths(tmp_path):
-    """A model of another size than the others' here, so that nothing of it is compiled yet."""
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=192,
-        intermediate_size=320,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(tmp_path)
-    model = fuse_lora(lora_model(tmp_path, 0.05))
-    use_packed_attention(model.get_base_model())
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    graphs = set()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.5])
+def test_each_kernel_gives_what_the_plain_function_gives(rate, dtype):
+    """The plain functions run in float64 on the same numbers."""
+    rounding = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    torch.manual_seed(0)
+    keys = torch.randint(-(2**31), 2**31 - 1, (7,), dtype=torch.int32).cuda() if rate else None
+
+    def compare(name, tensors, *rest):
+        function = getattr(kernels, name)
+        plain = function.__wrapped__(*(x.double() for x in tensors), *rest)
+        compiled = function(*(x.clone() for x in tensors), *rest)
+        if torch.is_tensor(plain):
+            plain, compiled = (plain,), (compiled,)
+        for one, other in zip(plain, compiled, strict=True):
+            torch.testing.assert_close(other.double(), one, **rounding)
+            assert other.dtype == dtype
+            assert name != "drop" or torch.equal(one == 0, other == 0)  # the same mask
+
+    for width in (24, 1536, 2500):
+        grad, low, gate, up = torch.randn(4, 7, width, device="cuda").to(dtype)
+        compare("drop", [gate], rate, keys)
+        compare("drop_backward", [grad, low, gate], rate, keys)
+        compare("swiglu", [gate, up], rate, keys)
+        compare("swiglu_backward", [grad, low, gate, up], rate, keys)
+    place = torch.tensor([0, 1, 2, 0, 3, 4, 5, 6, 0]).cuda()
+    real = torch.tensor([0, 1, 2, 4, 5, 6, 7]).cuda()
+    for size, groups, key_heads in ((64, 3, 3), (128, 4, 2), (96, 1, 2)):
+        cos, sin = torch.randn(2, 7, size // 2, device="cuda").repeat(1, 1, 2).to(dtype)
+        qkv = torch.randn(7, (groups + 2) * key_heads * size, device="cuda").to(dtype)
+        compare("heads", [qkv, cos, sin], place, size, groups)
+        three = torch.randn(3, 9, groups * key_heads, size, device="cuda").to(dtype)
+        compare("heads_backward", [*three, cos, sin], real, groups)
+
+
+def test_no_length_of_a_batch_compiles_a_kernel_again(model):
+    for lengths in LENGTHS[:2]:
+        score(model, lengths)
+    before = len(compiled_kernels())
     for lengths in LENGTHS:
         score(model, lengths)
-        graphs.add(counters["stats"]["unique_graphs"])
-    assert len(graphs) == 1 and graphs != {0}  # all are of the first batch
+    assert len(compiled_kernels()) == before > 0
 
 
 def test_a_compiler_that_fails_costs_one_line_and_no_result(model, monkeypatch, capsys):
-    import triton
+    from triton.runtime.jit import JITFunction
 
     expected = score(model, [5, 9, 30]), gradients(model.train(), seed=3)
 
@@ -85,11 +109,12 @@ def test_a_compiler_that_fails_costs_one_line_and_no_result(model, monkeypatch, 
         raise RuntimeError("no Triton for this card")
 
     monkeypatch.setattr(kernels, "_failure", None)
-    monkeypatch.setattr(triton, "compile", raising)
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True, compile_threads=1):
-        found = score(model, [5, 9, 30]), gradients(model.train(), seed=3)
-    torch._dynamo.reset()
+    monkeypatch.setattr(JITFunction, "_do_compile", raising)
+    for function in vars(triton_kernels).values():
+        if isinstance(function, JITFunction):
+            fresh = defaultdict(function.create_binder)
+            monkeypatch.setattr(function, "device_caches", fresh)
+    found = score(model, [5, 9, 30]), gradients(model.train(), seed=3)
     assert capsys.readouterr().out.count("The fused kernels cannot be compiled here") == 1
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0.05)
     for name, gradient in expected[1].items():
