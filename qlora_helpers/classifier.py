@@ -96,15 +96,15 @@ class HeadlineClassifier:
         fitted to the adapter. Raises DataError for what is not a text.
         """
         cleaned = [_clean(text, i) for i, text in enumerate(texts)]
+        rows = [i for i, text in enumerate(cleaned) if text]
+        if progress and len(rows) < len(cleaned):
+            progress(len(cleaned) - len(rows))
         temperature = 1.0 if base_model else self.temperature
         probabilities = np.full((len(cleaned), len(self.labels)), np.nan)
         with self.model.disable_adapter() if base_model else contextlib.nullcontext():
-            for start in range(0, len(cleaned), _ROWS_AT_ONCE):
-                part = range(start, min(start + _ROWS_AT_ONCE, len(cleaned)))
-                rows = [i for i in part if cleaned[i]]
-                probabilities[rows] = self._score([cleaned[i] for i in rows], temperature, progress)
-                if progress and len(rows) < len(part):
-                    progress(len(part) - len(rows))
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                part = rows[start : start + _ROWS_AT_ONCE]
+                probabilities[part] = self._score([cleaned[i] for i in part], temperature, progress)
         return probabilities
 
     def word_effects(self, text: str) -> pd.DataFrame:

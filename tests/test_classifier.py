@@ -113,7 +113,7 @@ def test_many_rows_in_parts_of_any_size_print_nothing(classifier, monkeypatch, c
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(module, "_ROWS_AT_ONCE", 7)
     np.testing.assert_allclose(values(classifier(texts, done.append)), whole, atol=1e-5)
-    assert sum(done) == 60 and min(done) >= 1 and len(done) > 9
+    assert sum(done) == 60 and min(done) >= 1 and len(done) >= 8
 
 
 def test_the_base_model_without_adapter_and_temperature(classifier):

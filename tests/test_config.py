@@ -7,42 +7,16 @@ import torch
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ConfigError
 
-METHOD = {
-    "num_epochs": 3,
-    "effective_batch_size": 16,
-    "warmup_ratio": 0.06,
-    "max_grad_norm": 1.0,
-    "max_length": 256,
-    "lora_r": 8,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "seed": 42,
-    "labels": ("World", "Sports", "Business", "Sci/Tech"),
-}
+# num_epochs, effective_batch_size, warmup_ratio, max_grad_norm, max_length, LoRA's r, alpha, dropout
+METHOD = (3, 16, 0.06, 1.0, 256, 8, 16, 0.05, 42, ("World", "Sports", "Business", "Sci/Tech"))
 
 
-def test_defaults_of_the_cpu_profile():
-    assert dataclasses.asdict(RunConfig.from_environment()) == METHOD | {
-        "profile": "cpu",
-        "base_model": "SmolLM2-135M-Instruct",
-        "data": "sample",
-        "train_size": 280,
-        "validation_size": 40,
-        "test_size": 80,
-        "learning_rate": 1e-3,
-    }
-
-
-def test_defaults_of_the_t4_profile():
-    assert dataclasses.asdict(RunConfig(profile="t4", **PROFILES["t4"])) == METHOD | {
-        "profile": "t4",
-        "base_model": "unsloth/mistral-7b-bnb-4bit",
-        "data": "fancyzhx/ag_news",
-        "train_size": 2000,
-        "validation_size": 400,
-        "test_size": 7600,
-        "learning_rate": 2e-4,
-    }
+def test_the_defaults_of_the_profiles():
+    cpu, t4 = RunConfig.from_environment(), RunConfig(profile="t4", **PROFILES["t4"])
+    small = ("cpu", "SmolLM2-135M-Instruct", "sample", 280, 40, 80, 1e-3)
+    mistral = ("t4", "unsloth/mistral-7b-bnb-4bit", "fancyzhx/ag_news", 2000, 400, 7600, 2e-4)
+    assert dataclasses.astuple(cpu) == small + METHOD
+    assert dataclasses.astuple(t4) == mistral + METHOD
 
 
 def test_json_round_trip(config):
