@@ -141,9 +141,9 @@ def classify_file(
     """
     table, texts = read_texts(data, name)
     predicted = classifier(texts, progress or (lambda rows: None))
-    predicted["label"] = predicted.label.astype(object).where(predicted.label.notna(), NO_TEXT)
+    predicted["label"] = predicted.label.fillna(NO_TEXT)
     while clash := set(predicted.columns) & set(table.columns):
-        predicted = predicted.rename(columns={name: f"{name} (predicted)" for name in clash})
+        predicted = predicted.rename(columns={column: f"{column} (predicted)" for column in clash})
     return pd.concat([table, predicted], axis=1)
 
 
@@ -163,7 +163,7 @@ def read_texts(data: bytes, name: str = "") -> tuple[pd.DataFrame, list[str]]:
     else:
         header, *rows = rows or [[]]
         columns, clean = _text_columns(header, name), str
-    rows = [cells or [""] * len(header) for cells in rows]
+    rows = [cells or [""] * len(header) for cells in rows]  # a blank row keeps its place
     texts = [clean(" ".join(cells[i] for i in columns)) for cells in rows]
     return pd.DataFrame(rows, columns=header, dtype=object), texts
 

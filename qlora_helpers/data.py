@@ -84,8 +84,8 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
                 f"train_size={config.train_size} and validation_size={config.validation_size} "
                 f"need {needed}: lower QLORA_TRAIN_SIZE or add rows."
             )
-    train = [i[:n] for i, n in zip(order, train_shares, strict=True)]
-    validation = [i[len(i) - n :] for i, n in zip(order, validation_shares, strict=True)]
+    train = [part[:n] for part, n in zip(order, train_shares, strict=True)]
+    validation = [part[len(part) - n :] for part, n in zip(order, validation_shares, strict=True)]
     drawn = {
         "train": rows["train"].iloc[np.concatenate(train)],
         "validation": rows["train"].iloc[np.concatenate(validation)],

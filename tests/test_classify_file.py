@@ -70,6 +70,7 @@ def test_a_file_keeps_its_columns_and_order_and_empty_rows(classifier):
         table.loc[[0, 3], NEW[1:]].to_numpy(float), expected[NEW[1:]].to_numpy(), atol=1e-5
     )
     assert table.loc[[1, 2], NEW[1:]].isna().all(axis=None)
+    assert classify_file(classifier, b"\n \n").label.tolist() == ["(no text)"] * 2
 
 
 def test_columns_of_the_same_name_stay(classifier):
