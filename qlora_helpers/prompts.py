@@ -31,9 +31,7 @@ def encode_prompts(
     A prompt longer than `max_length` tokens, `prefix` not counted, loses the last words of its
     text, or the last characters of its first word if that alone is too long; never its cue.
     """
-    most = max_length
-    if prefix:
-        most += len(tokenizer(prefix, add_special_tokens=False).input_ids)
+    most = max_length + len(tokenizer(prefix, add_special_tokens=False).input_ids)
     prompts = [prefix + build_prompt(text) for text in texts]
     encoded = tokenizer(prompts).input_ids if prompts else []
     return [
@@ -86,10 +84,8 @@ def _first_tokens(tokenizer, words: list[str]) -> list[int]:
     for word in words:
         whole = tokenizer(build_prompt("A headline") + word).input_ids
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise ModelError(
-                f"this tokenizer joins the end of the prompt and the label word {word!r} into one "
-                "token: change TEMPLATE."
-            )
+            parts = f"the end of the prompt and the label word {word!r}"
+            raise ModelError(f"this tokenizer joins {parts} into one token: change TEMPLATE.")
         ids.append(whole[len(prompt)])
     if len(set(ids)) < len(ids):
         tokens = tokenizer.convert_ids_to_tokens(ids)
