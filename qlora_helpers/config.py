@@ -1,4 +1,4 @@
-"""RunConfig: every choice of a run, validated, with its defaults for each profile."""
+"""RunConfig: every choice of a run, checked, with its defaults for each profile."""
 
 import dataclasses
 import difflib
@@ -35,17 +35,29 @@ PROFILES = {
         "test_size": 80,
     },
 }
-_ALIASES = {"QLORA_EPOCHS": "QLORA_NUM_EPOCHS"}
-_NOT_FIELDS = {"QLORA_WORKSPACE", "QLORA_DRIVE"}  # where a run lives, not what it is
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
-_LEAST = {"max_length": 32, "seed": 0}  # of whole numbers; 1 for the others
+_POSITIVE = ("a finite number above 0", lambda value: 0 < value < math.inf)
+_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+# What the value of a field must be, in words and as a test: by its name, else by its type.
+_LIMITS = {
+    int: ("at least 1", lambda value: value >= 1),
+    str: ("more than spaces", str.strip),
+    "max_length": ("at least 32", lambda value: value >= 32),
+    "seed": ("at least 0", lambda value: value >= 0),
+    "learning_rate": _POSITIVE,
+    "max_grad_norm": _POSITIVE,
+    "warmup_ratio": _SHARE,
+    "lora_dropout": _SHARE,
+}
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Every choice of a run. Make one with `from_environment`; each field but `labels`, which the data bring, can be set by
-    `QLORA_<FIELD>`. Sizes are rows, `max_length` is tokens, `warmup_ratio` a share of all steps. Raises ConfigError for a value
-    that cannot work, before anything is loaded."""
+    """Every choice of a run: `from_environment` makes one, from QLORA_<FIELD> for any field.
+
+    `labels` alone come from the data. Sizes are rows, `max_length` is tokens, `warmup_ratio` is a
+    share of all steps. Raises ConfigError for a value that cannot work.
+    """
 
     profile: str
     base_model: str
@@ -67,84 +79,63 @@ class RunConfig:
 
     def __post_init__(self):
         _check_profile(self.profile)
-        if not (
-            isinstance(self.labels, tuple)
-            and 2 <= len(set(self.labels)) == len(self.labels) <= MOST_LABELS
-            and all(isinstance(label, str) and label for label in self.labels)
-        ):
+        names = {label for label in self.labels if isinstance(label, str) and label}
+        if not 2 <= len(names) == len(self.labels) <= MOST_LABELS:
             raise ConfigError(
-                f"labels are {self.labels!r}: they must be a tuple of 2 to {MOST_LABELS} different names."
+                f"labels are {self.labels!r}: they must be 2 to {MOST_LABELS} different names."
             )
-        for field in dataclasses.fields(self):
-            if field.name == "labels":
-                continue
-            name, value = field.name, getattr(self, field.name)
-            if type(value) is not field.type and not (field.type is float and type(value) is int):
-                raise ConfigError(f"{name} is {value!r}: it must be {_KINDS[field.type]}.")
-            if field.type is str and not value.strip():
-                raise ConfigError(
-                    f"{name} is empty: leave it out for the default of profile {self.profile!r}."
-                )
-            if field.type is float and not math.isfinite(value):
-                raise ConfigError(f"{name} is {value}: give a finite number.")
-            if field.type is int and value < _LEAST.get(name, 1):
-                raise ConfigError(f"{name} is {value}: it must be at least {_LEAST.get(name, 1)}.")
-            if name in ("learning_rate", "max_grad_norm") and value <= 0:
-                raise ConfigError(f"{name} is {value}: it must be above 0.")
-            if name in ("warmup_ratio", "lora_dropout") and not 0 <= value < 1:
-                raise ConfigError(f"{name} is {value}: it must be at least 0 and below 1.")
+        for name, kind in _FIELDS.items():
+            value = getattr(self, name)
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                raise ConfigError(f"{name} is {value!r}: it must be {_KINDS[kind]}.")
+            words, holds = _LIMITS.get(name) or _LIMITS[kind]
+            if not holds(value):
+                raise ConfigError(f"{name} is {value!r}: it must be {words}.")
 
     @classmethod
     def from_environment(cls, **choices) -> "RunConfig":
-        """The profile's defaults, then `choices`, then the environment's QLORA_ variables; the last one wins.
-        Raises ConfigError for an unknown variable or field, a value of the wrong type, or profile t4 without a GPU."""
+        """Return the profile's defaults, changed by `choices`, then by the QLORA_ variables.
+
+        Raises ConfigError for an unknown variable or field, a value that cannot work, data that are
+        not there, or profile t4 without a GPU.
+        """
         choices = choices | _environment_choices()
         profile = choices.setdefault("profile", default_profile())
         _check_profile(profile)
         if profile == "t4" and not torch.cuda.is_available():
             raise ConfigError(
-                "profile 't4' needs a CUDA GPU and there is none here. In Colab: Runtime > Change runtime type > "
-                "T4 GPU. To run the small model on the CPU instead, set QLORA_PROFILE=cpu."
+                "profile 't4' needs a CUDA GPU and there is none here. In Colab: Runtime > Change "
+                "runtime type > T4 GPU. For the small model on the CPU, set QLORA_PROFILE=cpu."
             )
-        for name in choices.keys() - _TYPES.keys():
-            raise ConfigError(f"unknown setting {name!r}. The settings are: {', '.join(_TYPES)}.")
+        for name in choices.keys() - _FIELDS.keys():
+            raise ConfigError(f"unknown setting {name!r}. The settings are: {', '.join(_FIELDS)}.")
         defaults = dict(PROFILES[profile])
-        if isinstance(
-            choices.get("train_size"), int
-        ):  # the temperature and the choice of the epoch need validation rows in proportion
-            defaults["validation_size"] = max(
-                defaults["validation_size"], choices["train_size"] // 7
-            )
+        # The temperature and the choice of the epoch need validation rows in proportion.
+        share = choices.get("train_size", 0) // 7
+        defaults["validation_size"] = max(defaults["validation_size"], share)
         data = choices.get("data", defaults["data"])
         if is_labelled_csv(data) and os.path.isfile(data):
-            defaults |= _of_labelled_csv(data, defaults, choices)
-        config = cls(**(defaults | choices))
-        if (
-            config.data not in (AG_NEWS, SAMPLE)
-            and not os.path.isdir(config.data)
-            and not (is_labelled_csv(config.data) and os.path.isfile(config.data))
-        ):
+            defaults |= _labels_and_sizes(Path(data), defaults, choices)
+        elif data not in (AG_NEWS, SAMPLE) and not os.path.isdir(data):
             raise ConfigError(
-                f"data is {config.data!r}, which is not here. Give a folder that holds train.csv and test.csv in AG News' "
-                "layout, or a CSV file with the header text,label, "
+                f"data is {data!r}, which is not here. Give a folder that holds train.csv and "
+                "test.csv in AG News' layout, or a CSV file with the header text,label, "
                 f"or {SAMPLE!r} (bundled), or {AG_NEWS!r} (from the hub)."
             )
-        return config
+        return cls(**defaults | choices)
 
     @classmethod
     def from_form(cls, **answers: str) -> "RunConfig":
-        """`from_environment` with the answers of a form as choices; "default" leaves the profile's. Where the environment asks for
-        something else it wins, with a line that says so: the other notebooks hold to it. Raises ConfigError as `from_environment` does."""
-        choices = {
-            name: _parsed(f"{name} in the form", name, answer)
-            for name, answer in answers.items()
-            if answer not in ("default", "")
-        }
+        """Return `from_environment` of a form's answers; "default" leaves the profile's value.
+
+        A QLORA_ variable wins over an answer, since the other notebooks read it too, and says so.
+        """
+        given = {name: text for name, text in answers.items() if text not in ("default", "")}
+        choices = {name: _parsed(f"{name} in the form", name, given[name]) for name in given}
         for name, value in _environment_choices().items():
             if choices.get(name, value) != value:
-                print(
-                    f"QLORA_{name.upper()} in the environment is {value}: it wins over the form's {choices[name]}."
-                )
+                variable = f"QLORA_{name.upper()} in the environment"
+                print(f"{variable} is {value}: it wins over the form's {choices[name]}.")
         return cls.from_environment(**choices)
 
     def to_json(self) -> str:
@@ -152,7 +143,7 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "RunConfig":
-        """The config that `to_json` wrote. Raises ConfigError for text that is not one."""
+        """Return the config that `to_json` wrote. Raises ConfigError for text that is not one."""
         try:
             fields = json.loads(text)
             return cls(**fields | {"labels": tuple(fields["labels"])})
@@ -162,40 +153,41 @@ class RunConfig:
             ) from error
 
     def check_environment(self) -> None:
-        """Raise ConfigError if a QLORA_ variable asks for something other than this config holds."""
+        """Raise ConfigError if a QLORA_ variable asks for something other than this config."""
         for name, value in _environment_choices().items():
-            if getattr(self, name) != value:
+            if value != (own := getattr(self, name)):
                 raise ConfigError(
                     f"QLORA_{name.upper()} asks for {value!r}, but this workspace was set up with "
-                    f"{getattr(self, name)!r}: run notebooks/01_setup.ipynb again, or unset the variable."
+                    f"{own!r}: run notebooks/01_setup.ipynb again, or unset the variable."
                 )
 
 
-_TYPES = {
-    field.name: field.type for field in dataclasses.fields(RunConfig) if field.name != "labels"
-}
+_FIELDS = {field.name: field.type for field in dataclasses.fields(RunConfig)[:-1]}  # not labels
+_VARIABLES = {f"QLORA_{name.upper()}": name for name in _FIELDS} | {"QLORA_EPOCHS": "num_epochs"}
+_NOT_FIELDS = ("QLORA_WORKSPACE", "QLORA_DRIVE")  # where a run lives, not what it is
 
 
 def default_profile() -> str:
-    """$QLORA_PROFILE, else "t4" where a CUDA GPU is there, else "cpu". Raises ConfigError for any other name."""
+    """Return $QLORA_PROFILE, else "t4" where a CUDA GPU is, else "cpu"."""
     profile = os.environ.get("QLORA_PROFILE") or ("t4" if torch.cuda.is_available() else "cpu")
     _check_profile(profile)
     return profile
 
 
 def drive_wanted(otherwise: bool = True) -> bool:
-    """$QLORA_DRIVE: 1 to keep runs on Google Drive where Colab can mount it, 0 for the local disk. Raises ConfigError for anything else."""
+    """Return whether Google Drive shall hold a copy of runs: as $QLORA_DRIVE says, 1 or 0."""
     asked = os.environ.get("QLORA_DRIVE", "")
     if asked not in ("", "0", "1"):
         raise ConfigError(
-            f"QLORA_DRIVE is {asked!r}: it must be 1 (Google Drive, where Colab can mount it) or 0 (the local disk)."
+            f"QLORA_DRIVE is {asked!r}: it must be 1 (Google Drive, where Colab can mount it) "
+            "or 0 (the local disk)."
         )
     return asked == "1" if asked else otherwise
 
 
 def project_folder() -> Path:
-    """What a relative path is relative to: the folder above, in a notebook that runs in notebooks/, else the current folder."""
-    here = Path.cwd()  # Jupyter and nbval start a notebook in its own folder, make and a terminal one above: one run, one folder
+    """Return the folder that relative paths start from: above notebooks/, where Jupyter starts."""
+    here = Path.cwd()
     return here.parent if here.name == "notebooks" else here
 
 
@@ -205,62 +197,53 @@ def workspace_folder() -> Path:
     return project_folder() / (named or f"runs/{default_profile()}")
 
 
-def _of_labelled_csv(data: str, defaults: dict, choices: dict) -> dict:
-    """The labels of a CSV file, and sizes that it can fill: a fifth to test, a tenth to validate, at most as many as the profile has."""
-    rows = read_labelled_csv(Path(data))
-    sizes = (
-        defaults
-        | {
-            "test_size": min(defaults["test_size"], max(len(rows.attrs["labels"]), len(rows) // 5)),
-            "validation_size": min(defaults["validation_size"], max(1, len(rows) // 10)),
-        }
-        | choices
-    )
-    left = len(rows) - sizes["test_size"] - sizes["validation_size"]
-    return {
-        "labels": rows.attrs["labels"],
-        "test_size": sizes["test_size"],
-        "validation_size": sizes["validation_size"],
-        "train_size": max(1, min(defaults["train_size"], left)),
-    }
+def _labels_and_sizes(path: Path, defaults: dict, choices: dict) -> dict:
+    """Return the labels of a CSV file, and sizes that its rows can fill.
+
+    A fifth of the rows tests and a tenth validates; no size is above the profile's default.
+    """
+    rows = read_labelled_csv(path)
+    labels = rows.attrs["labels"]
+    test = min(defaults["test_size"], max(len(labels), len(rows) // 5))
+    validation = min(defaults["validation_size"], max(1, len(rows) // 10))
+    sizes = {"test_size": test, "validation_size": validation} | choices
+    train = len(rows) - sizes["test_size"] - sizes["validation_size"]
+    sizes["train_size"] = max(1, min(defaults["train_size"], train))
+    return sizes | {"labels": labels}
 
 
 def _check_profile(profile: str) -> None:
     if profile not in PROFILES:
         raise ConfigError(
-            f"profile is {profile!r}: choose 't4' (a CUDA GPU, Mistral-7B) or 'cpu' (no GPU, the small "
-            "embedded model), or leave QLORA_PROFILE unset to let the machine decide."
+            f"profile is {profile!r}: choose 't4' (a CUDA GPU, Mistral-7B) or 'cpu' (no GPU, the "
+            "small embedded model), or leave QLORA_PROFILE unset to let the machine decide."
         )
 
 
 def _environment_choices() -> dict:
-    choices, _ = {}, drive_wanted()
-    for variable in sorted(
-        name
-        for name in os.environ
-        if name.startswith("QLORA_") and os.environ[name] and name not in _NOT_FIELDS
-    ):
-        text, name = (
-            os.environ[variable],
-            _ALIASES.get(variable, variable).removeprefix("QLORA_").lower(),
-        )
-        if name not in _TYPES:
-            near = difflib.get_close_matches(
-                variable,
-                [f"QLORA_{known.upper()}" for known in _TYPES] + [*_ALIASES, *_NOT_FIELDS],
-                1,
-            )
-            raise ConfigError(
-                f"{variable} is not a setting." + (f" Did you mean {near[0]}?" if near else "")
-            )
-        choices[name] = _parsed(variable, name, text)
-    if choices.get("data") not in (None, AG_NEWS, SAMPLE):
-        choices["data"] = os.path.abspath(project_folder() / choices["data"])
+    """Return the values of the fields that QLORA_ variables set."""
+    drive_wanted()  # refuses a value that cannot work
+    choices = {}
+    for variable, text in sorted(os.environ.items()):
+        if not variable.startswith("QLORA_") or variable in _NOT_FIELDS or not text:
+            continue
+        if variable not in _VARIABLES:
+            similar = difflib.get_close_matches(variable, [*_VARIABLES, *_NOT_FIELDS], 1)
+            hint = f" Did you mean {similar[0]}?" if similar else ""
+            raise ConfigError(f"{variable} is not a setting.{hint}")
+        choices[_VARIABLES[variable]] = _parsed(variable, _VARIABLES[variable], text)
     return choices
 
 
 def _parsed(where: str, name: str, text: str):
+    """Return `text` as the value of the field `name`; a path becomes absolute."""
+    if name in ("data", "base_model") and text not in (AG_NEWS, SAMPLE, EMBEDDED_MODEL):
+        path = os.path.abspath(project_folder() / text)
+        # A base model that is not a folder is a name on the hub.
+        if name == "data" or os.path.isdir(path):
+            return path
+    kind = _FIELDS.get(name, str)
     try:
-        return _TYPES.get(name, str)(text)
+        return kind(text)
     except ValueError:
-        raise ConfigError(f"{where} is {text!r}: it must be {_KINDS[_TYPES[name]]}.") from None
+        raise ConfigError(f"{where} is {text!r}: it must be {_KINDS[kind]}.") from None

@@ -1,7 +1,6 @@
-"""AG News rows: from the hub, a folder of CSVs or the bundled sample; cleaned, and drawn into a seeded, stratified subset."""
+"""The rows: loaded, and drawn into a seeded, stratified subset."""
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from qlora_helpers.colab.hub import fetch, file_names
+from qlora_helpers.colab.hub import fetch
 from qlora_helpers.config import AG_NEWS, SAMPLE, RunConfig
 from qlora_helpers.errors import DataError
 from qlora_helpers.texts import (
@@ -26,103 +25,116 @@ SPLITS = ["train", "validation", "test"]
 
 
 def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
-    """The uncleaned rows behind `config.data`: {"train", "test"}, each with columns `raw` (str) and `label` (index into config.labels).
-    A labelled CSV is split here, with `config.seed`. Raises DataError that names the file, the row and the remedy."""
+    """Return the uncleaned rows behind `config.data`; a labelled CSV is split with `config.seed`.
+
+    Returns:
+        {"train", "test"}, each with `raw` (str) and `label` (index into config.labels).
+    Raises:
+        DataError: names the file, the row and the remedy.
+    """
     if config.data == AG_NEWS:
         return _load_from_hub()
     if is_labelled_csv(config.data):
         return _split(read_labelled_csv(Path(config.data)), config)
-    folder = (
-        resources.files("qlora_helpers") / "sample" if config.data == SAMPLE else Path(config.data)
-    )
+    folder = Path(config.data)
+    if config.data == SAMPLE:
+        folder = resources.files("qlora_helpers") / "sample"
     return {split: read_ag_news_csv(folder / f"{split}.csv") for split in ("train", "test")}
 
 
 def text_rules(config: RunConfig) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """How a text of `config.data` is cleaned, and what two copies of a text have in common.
+    """Return how a text of `config.data` is cleaned, and the key that its copies share.
+
     A labelled CSV holds texts of the reader's own, which lose control characters and runs of
-    spaces; what AG News' crawl left is cleaned in rows of AG News' layout alone."""
+    spaces alone.
+    """
     return (tidy_text, same_but_case) if is_labelled_csv(config.data) else (clean_text, normalised)
 
 
 def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, pd.DataFrame]:
-    """The three splits, drawn with `config.seed` and shuffled.
+    """Return the three splits, drawn with `config.seed` and shuffled.
 
-    Training and validation rows come from `rows["train"]`, without the copies of drawn test rows
-    and of one another. They hold each label equally often; those of a labelled CSV keep its
-    frequencies. Test rows keep those of `rows["test"]`. With the same rows, seed and `test_size`, a
-    training split holds every row of a smaller one, whatever the validation sizes: training rows
-    are taken from the beginning of an order, validation rows from its end. No row is in two splits
-    of one run; a validation row of a smaller run may be a training row of a larger one.
+    Training and validation rows come from `rows["train"]`, without copies of one another and of
+    drawn test rows. They hold each label equally often; those of a labelled CSV keep its
+    frequencies, as test rows do. A training split holds every row of a smaller one with the same
+    seed and `test_size`: training rows come from the beginning of an order, validation rows from
+    its end. A validation row of a smaller run may be a training row of a larger one.
 
     Returns:
-        {"train", "validation", "test"}, each with columns `text` (str, by `text_rules`) and
-        `label`; `attrs["copies_dropped"]` of the training split is the number of copies.
+        {"train", "validation", "test"}, each with `text` (str, by `text_rules`) and `label`;
+        `attrs["copies_dropped"]` of the training split is the number of copies.
     Raises:
         DataError: there are too few rows.
     """
-    rng, (clean, copy_key) = np.random.default_rng(config.seed), text_rules(config)
-    order = [
-        rng.permutation(np.flatnonzero(rows["train"].label == label))
-        for label in range(len(config.labels))
-    ]
-    test = _draw_test(rows["test"], config, rng)
+    rng = np.random.default_rng(config.seed)
+    clean, copy_key = text_rules(config)
+    order = _shuffled_by_label(rows["train"], len(config.labels), rng)
+    test = _draw(rows["test"], _test_shares(rows["test"], config), rng)
     keys = rows["train"].raw.map(copy_key)
-    tested = rows["test"].raw.iloc[np.concatenate(test)].map(copy_key)
-    copies = keys.isin(set(tested)) | keys.duplicated()
-    order = [indices[~copies.to_numpy()[indices]] for indices in order]
-    found = np.array([len(indices) for indices in order])
-    train_share, validation_share = _shares_of(found, config)
-    for label, asked in enumerate(train_share + validation_share):
-        if found[label] < asked:
+    test_keys = rows["test"].raw.iloc[test].map(copy_key)
+    copies = (keys.isin(set(test_keys)) | keys.duplicated()).to_numpy()
+    order = [indices[~copies[indices]] for indices in order]
+    available = np.array([len(indices) for indices in order])
+    train_shares, validation_shares = _shares(available, config)
+    for label, needed in enumerate(train_shares + validation_shares):
+        if available[label] < needed:
             raise DataError(
-                f"the training rows of {config.data!r} hold {found[label]} of {config.labels[label]}"
-                + (f" ({copies.sum()} copies are not counted)" if copies.any() else "")
-                + ", but "
-                f"train_size={config.train_size} and validation_size={config.validation_size} need {asked}: "
-                "lower QLORA_TRAIN_SIZE or add rows."
+                f"the training rows of {config.data!r} hold {available[label]} of "
+                f"{config.labels[label]} ({copies.sum()} copies are not counted), but "
+                f"train_size={config.train_size} and validation_size={config.validation_size} "
+                f"need {needed}: lower QLORA_TRAIN_SIZE or add rows."
             )
+    train = [part[:n] for part, n in zip(order, train_shares, strict=True)]
+    validation = [part[len(part) - n :] for part, n in zip(order, validation_shares, strict=True)]
     drawn = {
-        "train": (rows["train"], [i[:n] for i, n in zip(order, train_share, strict=True)]),
-        "validation": (
-            rows["train"],
-            [i[len(i) - n :] for i, n in zip(order, validation_share, strict=True)],
-        ),
-        "test": (rows["test"], test),
+        "train": rows["train"].iloc[np.concatenate(train)],
+        "validation": rows["train"].iloc[np.concatenate(validation)],
+        "test": rows["test"].iloc[test],
     }
-    subset = {
-        split: _finish(*drawn[split], clean, np.random.default_rng([config.seed, i]))
-        for i, split in enumerate(SPLITS)
-    }
+    subset = {}
+    for i, (split, table) in enumerate(drawn.items()):
+        table = table.iloc[np.random.default_rng([config.seed, i]).permutation(len(table))]
+        columns = {"text": table.raw.map(clean), "label": table.label}
+        subset[split] = pd.DataFrame(columns).reset_index(drop=True)
     subset["train"].attrs["copies_dropped"] = int(copies.sum())
     return subset
+
+
+def _shuffled_by_label(rows: pd.DataFrame, labels: int, rng) -> list[np.ndarray]:
+    """Return the indices of each label's rows, in a random order."""
+    return [rng.permutation(np.flatnonzero(rows.label == label)) for label in range(labels)]
+
+
+def _draw(rows: pd.DataFrame, shares: np.ndarray, rng) -> np.ndarray:
+    """Return the indices of `shares` random rows of each label."""
+    order = _shuffled_by_label(rows, len(shares), rng)
+    return np.concatenate([indices[:n] for indices, n in zip(order, shares, strict=True)])
 
 
 def _split(rows: pd.DataFrame, config: RunConfig) -> dict[str, pd.DataFrame]:
     if rows.attrs["labels"] != config.labels:
         raise DataError(
-            f"{config.data} has the labels {', '.join(rows.attrs['labels'])} now, which are not those that this workspace was "
-            "set up with: run notebooks/01_setup.ipynb again."
+            f"{config.data} has the labels {', '.join(rows.attrs['labels'])} now, which are not "
+            "those that this workspace was set up with: run notebooks/01_setup.ipynb again."
         )
-    if len(rows) < (needed := config.test_size + config.validation_size + config.train_size):
-        raise DataError(
-            f"{config.data} has {len(rows)} rows to use (copies and empty texts are not counted), but test_size, "
-            f"validation_size and train_size ask for {needed}: lower QLORA_TRAIN_SIZE, or add rows."
-        )
-    counts = rows.label.value_counts().sort_index().to_numpy()
-    order = _label_order(counts - 1, each_first=True)  # a row of each label is left to train on
-    shares = _count(order[: max(config.test_size, len(counts))], len(counts))
-    drawn = np.concatenate(_draw(rows, shares, np.random.default_rng([config.seed, len(SPLITS)])))
+    labels = len(config.labels)
+    # A row of each label remains to train on.
+    mixed = _mixed_labels(np.bincount(rows.label) - 1, each_first=True)
+    shares = np.bincount(mixed[: max(config.test_size, labels)], minlength=labels)
+    rng = np.random.default_rng([config.seed, len(SPLITS)])
+    drawn = np.sort(_draw(rows, shares, rng))
     return {
         "train": rows.drop(index=drawn).reset_index(drop=True),
-        "test": rows.iloc[np.sort(drawn)].reset_index(drop=True),
+        "test": rows.iloc[drawn].reset_index(drop=True),
     }
 
 
-def _label_order(counts: np.ndarray, each_first: bool = False) -> np.ndarray:
-    """A label for each row, `counts` of them, so mixed that any beginning or end has them in
-    proportion (Sainte-Laguë's method): a longer beginning never has fewer of a label than a shorter
-    one. `each_first` begins with one of each label."""
+def _mixed_labels(counts: np.ndarray, each_first: bool = False) -> np.ndarray:
+    """Return a label for each row, mixed so that any beginning or end has them in proportion.
+
+    By Sainte-Laguë's method: a longer beginning never has fewer of a label than a shorter one.
+    `each_first` begins with one of each label.
+    """
     labels = np.repeat(np.arange(len(counts)), counts)
     rank = np.concatenate([np.arange(n) for n in counts])
     place = (rank + 0.5) / counts[labels]
@@ -130,94 +142,51 @@ def _label_order(counts: np.ndarray, each_first: bool = False) -> np.ndarray:
     return labels[np.argsort(place, kind="stable")]
 
 
-def _count(labels: np.ndarray, label_count: int) -> np.ndarray:
-    return np.bincount(labels, minlength=label_count)
-
-
-def _shares_of(found: np.ndarray, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
-    """How many training and validation rows each label gets, of the `found` ones."""
-    labels = len(found)
+def _shares(available: np.ndarray, config: RunConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many training and validation rows each label gets, of the `available` ones."""
+    labels = len(available)
     if is_labelled_csv(config.data):
-        order = _label_order(found, each_first=True)
-        return (
-            _count(order[: max(labels, config.train_size)], labels),
-            _count(order[max(labels, len(order) - config.validation_size) :], labels),
-        )
-    sizes = config.train_size, config.validation_size
-    return tuple(_count(_label_order(np.full(labels, size))[:size], labels) for size in sizes)
+        mixed = _mixed_labels(available, each_first=True)
+        train = mixed[: max(labels, config.train_size)]
+        validation = mixed[max(labels, len(mixed) - config.validation_size) :]
+    else:
+        train = np.arange(config.train_size) % labels
+        validation = np.arange(config.validation_size) % labels
+    return np.bincount(train, minlength=labels), np.bincount(validation, minlength=labels)
 
 
-def _draw_test(rows: pd.DataFrame, config: RunConfig, rng: np.random.Generator) -> list[np.ndarray]:
+def _test_shares(rows: pd.DataFrame, config: RunConfig) -> np.ndarray:
     if len(rows) < config.test_size:
         raise DataError(
-            f"the test split of {config.data!r} has {len(rows)} rows, but test_size={config.test_size}: lower QLORA_TEST_SIZE."
+            f"the test split of {config.data!r} has {len(rows)} rows, but "
+            f"test_size={config.test_size}: lower QLORA_TEST_SIZE."
         )
-    counts = rows.label.value_counts().reindex(range(len(config.labels)), fill_value=0).to_numpy()
+    counts = np.bincount(rows.label, minlength=len(config.labels))
     for label in np.flatnonzero(counts == 0):
         raise DataError(
-            f"the test split of {config.data!r} has no row of {config.labels[label]}: nothing could be said of it. Add some."
+            f"the test split of {config.data!r} has no row of {config.labels[label]}: add some."
         )
-    return _draw(rows, _count(_label_order(counts)[: config.test_size], len(counts)), rng)
-
-
-def _draw(rows: pd.DataFrame, shares: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
-    return [
-        rng.permutation(np.flatnonzero(rows.label == label))[:n] for label, n in enumerate(shares)
-    ]
-
-
-def _finish(
-    rows: pd.DataFrame,
-    indices: list[np.ndarray],
-    clean: Callable[[str], str],
-    rng: np.random.Generator,
-) -> pd.DataFrame:
-    drawn = rows.iloc[rng.permutation(np.concatenate(indices))]
-    return pd.DataFrame({"text": drawn.raw.map(clean), "label": drawn.label}).reset_index(drop=True)
+    return np.bincount(_mixed_labels(counts)[: config.test_size], minlength=len(counts))
 
 
 def _load_from_hub() -> dict[str, pd.DataFrame]:
     folder = fetch(
         AG_NEWS,
         "dataset",
-        parquet_files,
+        ["data/*.parquet"],
         DataError,
         "Or set QLORA_DATA to a folder with train.csv and test.csv, or "
         f"QLORA_DATA={SAMPLE} for the bundled sample.",
     )
     rows = {}
     for split in ("train", "test"):
-        parts = [
-            str(folder / name)
-            for name in parquet_files(file_names(folder))
-            if name.startswith(f"data/{split}-")
-        ]
+        files = [str(path) for path in sorted(folder.glob(f"data/{split}-*.parquet"))]
         try:
-            rows[split] = (
-                datasets.Dataset.from_parquet(parts)
-                .to_pandas()
-                .rename(columns={"text": "raw"})[["raw", "label"]]
-            )
-        except Exception as error:  # pyarrow's and datasets' own kinds
+            table = datasets.Dataset.from_parquet(files).to_pandas()
+            rows[split] = table.rename(columns={"text": "raw"})[["raw", "label"]]
+        except Exception as error:  # pyarrow and datasets raise kinds of their own
             raise DataError(
-                f"{AG_NEWS}'s {split} rows in {folder} cannot be read ({type(error).__name__}): remove that folder and run "
-                "this cell again."
+                f"{AG_NEWS}'s {split} rows in {folder} cannot be read ({type(error).__name__}): "
+                "remove that folder and run this cell again."
             ) from error
     return rows
-
-
-def parquet_files(names: Iterable[str]) -> list[str]:
-    """The files of AG News on the hub, of both splits; empty if they are not there whole."""
-    parts = [
-        match
-        for name in sorted(names)
-        if (match := re.fullmatch(r"data/(train|test)-\d{5}-of-(\d{5})\.parquet", name))
-    ]
-    whole = all(
-        any(
-            part[1] == split and int(part[2]) == sum(other[1] == split for other in parts)
-            for part in parts
-        )
-        for split in ("train", "test")
-    )
-    return [part[0] for part in parts] if whole else []

@@ -2,17 +2,16 @@
 
 
 class QLoraError(ValueError):
-    """Base of the errors below. In a notebook it shows as its message alone: a traceback would hide the remedy."""
+    """Base of the errors below. A notebook shows its message alone, without a traceback."""
 
-    def _render_traceback_(self):  # IPython asks for this
+    def _render_traceback_(self):  # IPython calls this
         return [f"{type(self).__name__}: {self}"]
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a line without the path."""
-    return (
-        getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-    )
+    """Return what went wrong, in one line without the path."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return getattr(error, "strerror", None) or lines[0]
 
 
 class ConfigError(QLoraError):
@@ -20,7 +19,7 @@ class ConfigError(QLoraError):
 
 
 class DataError(QLoraError):
-    """Data that cannot be read, or too little of it."""
+    """Data that cannot be read, or too few rows."""
 
 
 class WorkspaceError(QLoraError):
@@ -32,7 +31,7 @@ class ModelError(QLoraError):
 
 
 class TrainingStopped(QLoraError):
-    """A training that was interrupted, and goes on when it is run again."""
+    """A training was interrupted; it goes on when it is run again."""
 
 
 class PreflightError(QLoraError):

@@ -12,28 +12,26 @@ _EXAMPLE_WORDS = 60  # of a solved example: every row pays for its length
 
 
 def build_prompt(text: str) -> str:
-    """The prompt for one text. It ends just before the label word."""
+    """Return the prompt for one text. It ends just before the label word."""
     return TEMPLATE.format(text=text)
 
 
 def few_shot_prefix(texts: Sequence[str], words: Sequence[str]) -> str:
-    """Solved examples to put before a prompt (arXiv:2005.14165): the prompt of each text's first 60 words, and its label word."""
-    return "".join(
-        f"{build_prompt(' '.join(text.split()[:_EXAMPLE_WORDS]))}{word}\n\n"
-        for text, word in zip(texts, words, strict=True)
-    )
+    """Return solved examples, to put before a prompt (arXiv:2005.14165)."""
+    short = [" ".join(text.split()[:_EXAMPLE_WORDS]) for text in texts]
+    examples = zip(short, words, strict=True)
+    return "".join(f"{build_prompt(text)}{word}\n\n" for text, word in examples)
 
 
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, prefix: str = ""
 ) -> list[list[int]]:
-    """Token ids of `prefix` and each text's prompt, as one text.
-    A prompt longer than `max_length` tokens loses the last words of its text, or the last
-    characters if its first word alone is too long: its cue has the tokens of any other. `prefix` is
-    not counted."""
-    most = max_length
-    if prefix:
-        most += len(tokenizer(prefix, add_special_tokens=False).input_ids)
+    """Return the token ids of `prefix` and each text's prompt, as one text.
+
+    A prompt longer than `max_length` tokens, `prefix` not counted, loses the last words of its
+    text, or the last characters of its first word if that alone is too long; never its cue.
+    """
+    most = max_length + len(tokenizer(prefix, add_special_tokens=False).input_ids)
     prompts = [prefix + build_prompt(text) for text in texts]
     encoded = tokenizer(prompts).input_ids if prompts else []
     return [
@@ -43,9 +41,9 @@ def encode_prompts(
 
 
 def _cut(tokenizer, text: str, most: int, prefix: str) -> list[int]:
-    """The ids of a prompt with as many of the text's first words, or else characters, as fit."""
+    """Return the ids of a prompt with as many of the text's first words or characters as fit."""
     empty = tokenizer(prefix + build_prompt("")).input_ids
-    words = text.split(" ")[:most]  # a word is a token at least
+    words = text.split(" ")[:most]  # a word has at least one token
     for parts, joint in ((words, " "), (words[0], "")):
         fitting, low, high = empty, 0, len(parts)
         while low < high:
@@ -61,9 +59,12 @@ def _cut(tokenizer, text: str, most: int, prefix: str) -> list[int]:
 
 
 def label_words(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[str]:
-    """What the model is asked for: each of `labels` after a space or, where the first tokens of two would be the same, " A", " B", " C" ...
-    Raises ModelError if this tokenizer cannot tell the letters apart either."""
-    words = [f" {label}" for label in labels]  # the space belongs to the word: "Topic:" + " World"
+    """Return what the model is asked for: each label after a space, or " A", " B", " C" ...
+
+    Letters stand for labels of which two begin with the same token. Raises ModelError if the
+    tokenizer cannot tell the letters apart either.
+    """
+    words = [f" {label}" for label in labels]
     try:
         _first_tokens(tokenizer, words)
     except ModelError:
@@ -73,7 +74,7 @@ def label_words(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> li
 
 
 def label_token_ids(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[int]:
-    """The first token of each of `label_words`, as it follows the prompt. Raises what that raises."""
+    """Return the first token of each of `label_words`, as it follows the prompt."""
     return _first_tokens(tokenizer, label_words(tokenizer, labels))
 
 
@@ -83,14 +84,10 @@ def _first_tokens(tokenizer, words: list[str]) -> list[int]:
     for word in words:
         whole = tokenizer(build_prompt("A headline") + word).input_ids
         if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-            raise ModelError(
-                f"this tokenizer joins the end of the prompt and the label word {word!r} into one token: change TEMPLATE."
-            )
+            parts = f"the end of the prompt and the label word {word!r}"
+            raise ModelError(f"this tokenizer joins {parts} into one token: change TEMPLATE.")
         ids.append(whole[len(prompt)])
-    for i, first in enumerate(ids):
-        if ids.index(first) != i:
-            raise ModelError(
-                f"the label words {words[ids.index(first)]!r} and {words[i]!r} both begin with the token "
-                f"{tokenizer.convert_ids_to_tokens(first)!r}: choose words that differ in their first token."
-            )
+    if len(set(ids)) < len(ids):
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        raise ModelError(f"two of the label words {words} begin with the same token: {tokens}.")
     return ids

@@ -7,84 +7,46 @@ from qlora_helpers.classifier import read_texts
 from qlora_helpers.errors import DataError
 
 NEW = ["label", "confidence", *(f"P({label})" for label in LABELS)]
+OWN = "order #4521; <b@x.com> C:\\Users &lt;"
 
 
 @pytest.mark.parametrize(
     ("name", "data", "columns", "texts"),
     [
-        (
-            "a.txt",
-            'one, with a comma\n\n"quoted"\r\n  \nlast',
-            ["text"],
-            ["one, with a comma", "", '"quoted"', "  ", "last"],
-        ),
-        ("", "one\ntwo\n", ["text"], ["one", "two"]),
+        ("a.txt", 'one, two\n\n"q"\r\n  \nlast', "text", ["one, two", "", '"q"', "  ", "last"]),
+        ("", "one\ntwo\n", "text", ["one", "two"]),
+        ("a.csv", 'id,Text\n1,"a, b"\n2,\n\n4,"c\nd"\n', "id,Text", ["a, b", "", "", "c\nd"]),
+        ("a.CSV", "\ufefftitle,description,x\nA,B,\nC,,\n", "title,description,x", ["A B", "C "]),
+        ("a.csv", "title,day\nA,1\n", "title,day", ["A"]),
         (
             "a.csv",
-            'id,Text\n1,"one, two"\n2,\n\n4,"three\nlines"\n',
-            ["id", "Text"],
-            ["one, two", "", "", "three\nlines"],
-        ),
-        (
-            "a.CSV",
-            "\ufefftitle,description,label\nA,B,x\nC,,y\n",
-            ["title", "description", "label"],
-            ["A B", "C "],
-        ),
-        ("a.csv", "title,day\nA,1\n", ["title", "day"], ["A"]),
-        ("a.csv", "Tag;Headline\n1;one, two\n", ["Tag", "Headline"], ["one, two"]),
-        ("a.csv", "headline\tday\none\t1\n", ["headline", "day"], ["one"]),
-        (
-            "a.csv",
-            '"3","Title, with comma","Description"\n"1","A","B"\n',
-            ["class", "title", "description"],
-            ["Title, with comma Description", "A B"],
+            'headline\n"second, quoted"\n\nlast\n',
+            "headline",
+            ["second, quoted", "", "last"],
         ),
         (
             "a.csv",
-            "3,Firm #39;s loss &lt;b&gt;,falls\\again\n",
-            ["class", "title", "description"],
-            ["Firm's loss falls again"],
+            '"3","Firm #39;s, &lt;b&gt;","falls\\again"\n"1","A","B"\n\n',
+            "class,title,description",
+            ["Firm's, falls again", "A B", ""],
         ),
-        (
-            "a.csv",
-            "text\norder #4521; <b@x.com> C:\\Users &lt;\n",
-            ["text"],
-            ["order #4521; <b@x.com> C:\\Users &lt;"],
-        ),
-        (
-            "a.txt",
-            "order #4521; <b@x.com> C:\\Users &lt;",
-            ["text"],
-            ["order #4521; <b@x.com> C:\\Users &lt;"],
-        ),
-        (
-            "a.csv",
-            'first line\n"second, quoted"\n\nlast\n',
-            ["text"],
-            ["first line", "second, quoted", "", "last"],
-        ),
-        ("a.csv", "", ["text"], []),
+        ("a.csv", f"text\n{OWN}\n", "text", [OWN]),
+        ("a.txt", OWN, "text", [OWN]),
     ],
 )
 def test_read_texts(name, data, columns, texts):
-    table, found = read_texts(data.encode(), name)
-    assert list(table.columns) == columns and found == texts and len(table) == len(texts)
+    table, read = read_texts(data.encode(), name)
+    assert ",".join(table.columns) == columns and read == texts and len(table) == len(texts)
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        (
-            "a.csv",
-            b"id,words\n1,one\n",
-            "a.csv: the first row, 'id,words', does not say which of 2 columns holds the texts. Name the column",
-        ),
-        (
-            "a.csv",
-            b"text,day\none,1\ntwo, three,2\n",
-            "a.csv, row 3: 3 columns instead of 2. Put double quotes",
-        ),
+        ("a.csv", b"id,words\n1,x\n", "the first row, 'id,words', does not say which of 2 columns"),
+        ("a.csv", b"Tag;Text\n1;x\n", "first row, 'Tag;Text', .* Separate the columns by commas"),
+        ("a.csv", b"Rain stops play\n", "'Rain stops play', does not .* or give a file of lines"),
+        ("a.csv", b"", "the first row, '', does not say which"),
+        ("a.csv", b"text,day\n\nb, c,2\n", "a.csv, row 3: the number of columns is 3, not 2. Comm"),
         ("a.csv", b'text\n"one\n', "a.csv, after row 1: not valid CSV"),
         ("a.csv", b"text\n" + b"a" * 200_000 + b"\n", "not valid CSV"),
         ("a.txt", b"one\nf\xfcnf\n", "a.txt is not UTF-8 .line 2."),
@@ -108,16 +70,13 @@ def test_a_file_keeps_its_columns_and_order_and_empty_rows(classifier):
         table.loc[[0, 3], NEW[1:]].to_numpy(float), expected[NEW[1:]].to_numpy(), atol=1e-5
     )
     assert table.loc[[1, 2], NEW[1:]].isna().all(axis=None)
+    assert classify_file(classifier, b"\n \n").label.tolist() == ["(no text)"] * 2
 
 
 def test_columns_of_the_same_name_stay(classifier):
     once = classify_file(classifier, b"text,label\nRain,Sports\n", "a.csv")
-    assert list(once.columns) == [
-        "text",
-        "label",
-        "label (predicted)",
-        *NEW[1:],
-    ] and once.label.tolist() == ["Sports"]
+    assert list(once.columns) == ["text", "label", "label (predicted)", *NEW[1:]]
+    assert once.label.tolist() == ["Sports"]
     twice = classify_file(classifier, once.to_csv(index=False).encode(), "a.csv")
     assert len(set(twice.columns)) == len(twice.columns) == 14
     assert twice.iloc[0, 8] == once.iloc[0, 2]

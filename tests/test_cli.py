@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -57,101 +56,51 @@ def test_in_a_process_of_its_own_whose_reader_stops_early(tuned, classifier):
         env=os.environ | environment,
     )
     assert done.stderr == b""
-    *found, empty, code = [json.loads(line) for line in done.stdout.decode().splitlines()]
-    assert found == [expected(classifier, text) for text in TEXTS] and code == 0
+    *rows, empty, code = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert rows == [expected(classifier, text) for text in TEXTS] and code == 0
     assert empty == {"text": "", "label": None, "confidence": None, "probabilities": None}
 
 
 def test_headlines_as_arguments(tuned, classifier, capsys):
     assert main(["classify", "--workspace", str(tuned.path), *TEXTS]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert found == [expected(classifier, text) for text in TEXTS]
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows == [expected(classifier, text) for text in TEXTS]
 
 
 def test_lines_of_standard_input_one_for_one(piped, tuned, classifier):
-    data = (
-        "\ufeff" + TEXTS[0] + "\r\n\n  \n" + TEXTS[1] + "\u2028still\x0bthe same line\n" + TEXTS[2]
-    )
-    code, found, err = piped(data.encode(), "--workspace", str(tuned.path))
-    assert (code, err) == (0, "")
-    assert [row["text"] for row in found] == [
-        TEXTS[0],
-        "",
-        "  ",
-        TEXTS[1] + "\u2028still\x0bthe same line",
-        TEXTS[2],
-    ]
-    assert [row["label"] is None for row in found] == [False, True, True, False, False]
-    assert found[0] == expected(classifier, TEXTS[0]) and found[4] == expected(classifier, TEXTS[2])
+    texts = [TEXTS[0], "", "  ", TEXTS[1] + "\u2028still\x0bthe same line"]
+    texts += [f"{i % 9} goals" for i in range(1100)]  # more than are classified at once
+    data = "\ufeff" + "\n".join(texts).replace("\n", "\r\n", 1)
+    code, rows, err = piped(data.encode(), "--workspace", str(tuned.path))
+    assert (code, err) == (0, "") and [row["text"] for row in rows] == texts
+    assert [row["label"] is None for row in rows[:4]] == [False, True, True, False]
+    assert rows[0] == expected(classifier, TEXTS[0]) and rows[-2] == expected(classifier, "0 goals")
+    assert piped(b"", "--workspace", str(tuned.path)) == (0, [], "")
 
 
 def test_an_adapter_alone(piped, tuned, classifier, tmp_path):
     shutil.copytree(tuned / "adapter", tmp_path / "a")
-    code, found, err = piped(TEXTS[0].encode(), "--adapter", str(tmp_path / "a"))
-    assert (code, found, err) == (0, [expected(classifier, TEXTS[0])], "")
-
-
-def test_more_lines_than_are_classified_at_once(piped, tuned, classifier):
-    code, found, _ = piped(
-        "".join(f"{i % 9} goals\n" for i in range(1100)).encode(), "--workspace", str(tuned.path)
-    )
-    assert code == 0 and [row["text"] for row in found] == [f"{i % 9} goals" for i in range(1100)]
-    assert found[9 * 110] == expected(classifier, "0 goals")
-
-
-def test_no_line_gives_no_line(piped, tuned):
-    assert piped(b"", "--workspace", str(tuned.path)) == (0, [], "")
+    code, rows, err = piped(TEXTS[0].encode(), "--adapter", str(tmp_path / "a"))
+    assert (code, rows, err) == (0, [expected(classifier, TEXTS[0])], "")
 
 
 @pytest.mark.parametrize(
     ("data", "arguments", "message"),
     [
         (b"Rain\nf\xfcnf\n", (), "standard input is not UTF-8 (line 2)"),
-        (
-            b"Rain",
-            ("--workspace", "no/such"),
-            "no/such holds nothing from 01_setup yet. Run notebooks/01_setup.ipynb first.",
-        ),
-        (
-            b"Rain",
-            ("--adapter", "no/such/folder"),
-            "there is no adapter folder 'no/such/folder' here",
-        ),
+        (b"Rain", ("--workspace", "no/such"), "no/such holds nothing from 01_setup yet. Run "),
+        (b"Rain", ("--adapter", "no/such/folder"), "no adapter folder 'no/such/folder' here"),
         (b"Rain", ("--adapter", "."), "qlora_config.json is missing"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(piped, data, arguments, message):
-    code, found, err = piped(data, *arguments)
-    assert (code, found) == (2, [])
+    code, rows, err = piped(data, *arguments)
+    assert (code, rows) == (2, [])
     assert message in err and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((), "the following arguments are required: command"),
-        (("clasify",), "invalid choice: 'clasify'"),
-        (("classify", "--adaptr", "x", "Rain"), "unrecognized arguments: --adaptr"),
-        (("classify", "--adapter", "x", "--workspace", "y", "Rain"), "not allowed with argument"),
-    ],
-)
-def test_wrong_arguments_are_one_line_and_exit_code_2(capsys, arguments, message):
+@pytest.mark.parametrize("arguments", [[], ["classify", "--adapter", "x", "--workspace", "y", "z"]])
+def test_wrong_arguments_end_with_exit_code_2(capsys, arguments):
     with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert message in err and err.count("\n") == 1
-
-
-def test_an_error_ends_the_module_with_its_exit_code(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sys, "argv", ["qlora_helpers", "classify", "Rain"])
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    monkeypatch.setenv("QLORA_WORKSPACE", str(tmp_path))
-    monkeypatch.delitem(sys.modules, "qlora_helpers.__main__")  # as `python -m` finds it
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("qlora_helpers", run_name="__main__")
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == (
-        f"python -m qlora_helpers: {tmp_path} holds nothing from 01_setup yet. "
-        "Run notebooks/01_setup.ipynb first.\n"
-    )
+        main(arguments)
+    assert caught.value.code == 2 and "usage: " in capsys.readouterr().err

@@ -7,42 +7,16 @@ import torch
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ConfigError
 
-METHOD = {
-    "num_epochs": 3,
-    "effective_batch_size": 16,
-    "warmup_ratio": 0.06,
-    "max_grad_norm": 1.0,
-    "max_length": 256,
-    "lora_r": 8,
-    "lora_alpha": 16,
-    "lora_dropout": 0.05,
-    "seed": 42,
-    "labels": ("World", "Sports", "Business", "Sci/Tech"),
-}
+# num_epochs, effective_batch_size, warmup_ratio, max_grad_norm, max_length, LoRA's r, alpha, dropout
+METHOD = (3, 16, 0.06, 1.0, 256, 8, 16, 0.05, 42, ("World", "Sports", "Business", "Sci/Tech"))
 
 
-def test_defaults_of_the_cpu_profile():
-    assert dataclasses.asdict(RunConfig.from_environment()) == METHOD | {
-        "profile": "cpu",
-        "base_model": "SmolLM2-135M-Instruct",
-        "data": "sample",
-        "train_size": 280,
-        "validation_size": 40,
-        "test_size": 80,
-        "learning_rate": 1e-3,
-    }
-
-
-def test_defaults_of_the_t4_profile():
-    assert dataclasses.asdict(RunConfig(profile="t4", **PROFILES["t4"])) == METHOD | {
-        "profile": "t4",
-        "base_model": "unsloth/mistral-7b-bnb-4bit",
-        "data": "fancyzhx/ag_news",
-        "train_size": 2000,
-        "validation_size": 400,
-        "test_size": 7600,
-        "learning_rate": 2e-4,
-    }
+def test_the_defaults_of_the_profiles():
+    cpu, t4 = RunConfig.from_environment(), RunConfig(profile="t4", **PROFILES["t4"])
+    small = ("cpu", "SmolLM2-135M-Instruct", "sample", 280, 40, 80, 1e-3)
+    mistral = ("t4", "unsloth/mistral-7b-bnb-4bit", "fancyzhx/ag_news", 2000, 400, 7600, 2e-4)
+    assert dataclasses.astuple(cpu) == small + METHOD
+    assert dataclasses.astuple(t4) == mistral + METHOD
 
 
 def test_json_round_trip(config):
@@ -50,9 +24,7 @@ def test_json_round_trip(config):
     assert RunConfig.from_json(other.to_json()) == other != config
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1]", '{"profile": "cpu"}', '{"profile": "cpu", "unknown": 1}']
-)
+@pytest.mark.parametrize("text", ["", "[1]", '{"profile": "cpu"}', '{"labels": "ab", "x": 1}'])
 def test_json_that_is_no_config(text):
     with pytest.raises(ConfigError, match="01_setup.ipynb"):
         RunConfig.from_json(text)
@@ -60,53 +32,38 @@ def test_json_that_is_no_config(text):
 
 def test_the_environment_wins_over_a_choice_and_that_over_the_profile(monkeypatch):
     monkeypatch.setenv("QLORA_TRAIN_SIZE", "12")
+    monkeypatch.setenv("QLORA_EPOCHS", "5")
     config = RunConfig.from_environment(train_size=16, validation_size=8)
     assert (config.train_size, config.validation_size, config.test_size) == (12, 8, 80)
-
-
-def test_epochs_is_an_alias_of_num_epochs(monkeypatch):
-    monkeypatch.setenv("QLORA_EPOCHS", "5")
-    assert RunConfig.from_environment().num_epochs == 5
+    assert config.num_epochs == 5  # QLORA_EPOCHS is short for QLORA_NUM_EPOCHS
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("QLORA_PROFILE", "tpu", r"profile is 'tpu': choose 't4' .* or 'cpu'"),
-        ("QLORA_EPOCHS", "0", r"num_epochs is 0: it must be at least 1"),
-        ("QLORA_NUM_EPOCHS", "two", r"QLORA_NUM_EPOCHS is 'two': it must be a whole number"),
-        ("QLORA_LORA_R", "8.5", r"QLORA_LORA_R is '8.5': it must be a whole number"),
-        ("QLORA_LEARNING_RATE", "fast", r"QLORA_LEARNING_RATE is 'fast': it must be a number"),
-        ("QLORA_LEARNING_RATE", "nan", r"learning_rate is nan: give a finite number"),
-        ("QLORA_LEARNING_RATE", "inf", r"learning_rate is inf: give a finite number"),
-        ("QLORA_LEARNING_RATE", "0", r"learning_rate is 0.0: it must be above 0"),
-        ("QLORA_LEARNING_RATE", "-1e-3", r"learning_rate is -0.001: it must be above 0"),
-        ("QLORA_LORA_DROPOUT", "1", r"lora_dropout is 1.0: it must be at least 0 and below 1"),
-        ("QLORA_WARMUP_RATIO", "-0.1", r"warmup_ratio is -0.1: it must be at least 0 and below 1"),
-        ("QLORA_TRAIN_SIZE", "-4", r"train_size is -4: it must be at least 1"),
-        ("QLORA_TEST_SIZE", "0", r"test_size is 0: it must be at least 1"),
-        ("QLORA_MAX_LENGTH", "31", r"max_length is 31: it must be at least 32"),
-        ("QLORA_SEED", "-1", r"seed is -1: it must be at least 0"),
-        ("QLORA_BASE_MODEL", " ", r"base_model is empty: leave it out"),
-        (
-            "QLORA_TRIAN_SIZE",
-            "9",
-            r"QLORA_TRIAN_SIZE is not a setting. Did you mean QLORA_TRAIN_SIZE\?",
-        ),
-        (
-            "QLORA_WORKSPASE",
-            "x",
-            r"QLORA_WORKSPASE is not a setting. Did you mean QLORA_WORKSPACE\?",
-        ),
-        (
-            "QLORA_DATA",
-            "no/such/folder",
-            r"data is '.*/no/such/folder', which is not here. Give a folder that holds train.csv",
-        ),
+        ("PROFILE", "tpu", "profile is 'tpu': choose 't4' .* or 'cpu'"),
+        ("EPOCHS", "0", "num_epochs is 0: it must be at least 1"),
+        ("NUM_EPOCHS", "two", "QLORA_NUM_EPOCHS is 'two': it must be a whole number"),
+        ("LORA_R", "8.5", "QLORA_LORA_R is '8.5': it must be a whole number"),
+        ("LEARNING_RATE", "fast", "QLORA_LEARNING_RATE is 'fast': it must be a number"),
+        ("LEARNING_RATE", "nan", "learning_rate is nan: it must be a finite number above 0"),
+        ("LEARNING_RATE", "inf", "learning_rate is inf: it must be a finite number above 0"),
+        ("MAX_GRAD_NORM", "0", "max_grad_norm is 0.0: it must be a finite number above 0"),
+        ("LORA_DROPOUT", "1", "lora_dropout is 1.0: it must be at least 0 and below 1"),
+        ("WARMUP_RATIO", "-0.1", "warmup_ratio is -0.1: it must be at least 0 and below 1"),
+        ("TRAIN_SIZE", "-4", "train_size is -4: it must be at least 1"),
+        ("MAX_LENGTH", "31", "max_length is 31: it must be at least 32"),
+        ("SEED", "-1", "seed is -1: it must be at least 0"),
+        ("BASE_MODEL", " ", "base_model is ' ': it must be more than spaces"),
+        ("TRIAN_SIZE", "9", r"QLORA_TRIAN_SIZE is not .* Did you mean QLORA_TRAIN_SIZE\?"),
+        ("WORKSPASE", "x", r"QLORA_WORKSPASE is not .* Did you mean QLORA_WORKSPACE\?"),
+        ("X" * 40, "x", r"QLORA_X{40} is not a setting\.$"),
+        ("DRIVE", "no", r"QLORA_DRIVE is 'no': it must be 1 \(Google Drive.* or 0"),
+        ("DATA", "no/such", "data is '/.*/no/such', which is not here. Give a folder that holds"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_remedy(monkeypatch, variable, value, message):
-    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv(f"QLORA_{variable}", value)
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_environment()
 
@@ -115,13 +72,19 @@ def test_a_bad_setting_is_named_with_its_remedy(monkeypatch, variable, value, me
     ("choice", "message"),
     [
         ({"num_epoch": 3}, "unknown setting 'num_epoch'. The settings are: .*num_epochs"),
-        ({"num_epochs": "two"}, "num_epochs"),
-        ({"train_size": 2.5}, "train_size"),
+        ({"num_epochs": "two"}, "num_epochs is 'two': it must be a whole number"),
+        ({"train_size": 2.5}, "train_size is 2.5: it must be a whole number"),
     ],
 )
 def test_a_bad_choice_in_the_notebook_is_named(choice, message):
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_environment(**choice)
+
+
+@pytest.mark.parametrize("labels", [("a",), ("a", "a"), ("a", ""), ("a", 5), tuple("abc" * 9)])
+def test_labels_are_two_or_more_different_names(config, labels):
+    with pytest.raises(ConfigError, match="they must be 2 to 26 different names"):
+        dataclasses.replace(config, labels=labels)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="profile t4 is right where a GPU is")
@@ -136,16 +99,17 @@ def test_the_machine_decides_where_no_profile_is_set(monkeypatch):
     assert default_profile() == ("t4" if torch.cuda.is_available() else "cpu")
 
 
-def test_a_data_folder_is_the_same_from_the_notebooks_folder(monkeypatch, tmp_path):
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "notebooks").mkdir()
-    monkeypatch.chdir(tmp_path)
+def test_a_relative_folder_is_the_same_from_the_notebooks_folder(monkeypatch, tmp_path):
+    for name in ("rows", "model", "notebooks"):
+        (tmp_path / name).mkdir()
     monkeypatch.setenv("QLORA_DATA", "rows")
-    config = RunConfig.from_environment()
-    assert config.data == str(tmp_path / "rows")
-    monkeypatch.chdir(tmp_path / "notebooks")
-    assert RunConfig.from_environment() == config
-    config.check_environment()  # the relative path asks for the same folder
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(folder)
+        config = RunConfig.from_form(base_model="model")
+        assert (config.data, config.base_model) == (str(tmp_path / "rows"), str(tmp_path / "model"))
+        config.check_environment()  # the relative path asks for the same folder
+    monkeypatch.setenv("QLORA_BASE_MODEL", "account/model")  # no folder: a name on the hub
+    assert RunConfig.from_environment().base_model == "account/model"
 
 
 def test_check_environment_refuses_a_contradiction(monkeypatch, config):
@@ -153,8 +117,6 @@ def test_check_environment_refuses_a_contradiction(monkeypatch, config):
     monkeypatch.setenv("QLORA_WORKSPACE", os.curdir)
     config.check_environment()
     monkeypatch.setenv("QLORA_EPOCHS", "4")
-    with pytest.raises(
-        ConfigError,
-        match="QLORA_NUM_EPOCHS asks for 4, .* set up with 3: run notebooks/01_setup.ipynb again",
-    ):
+    message = "QLORA_NUM_EPOCHS asks for 4, .* set up with 3: run notebooks/01_setup.ipynb again"
+    with pytest.raises(ConfigError, match=message):
         config.check_environment()

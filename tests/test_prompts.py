@@ -11,45 +11,29 @@ from qlora_helpers.prompts import (
     label_words,
 )
 
-
-def test_the_labels_are_ag_news_classes_in_its_order():
-    assert dict(enumerate(LABELS, start=1)) == {
-        1: "World",
-        2: "Sports",
-        3: "Business",
-        4: "Sci/Tech",
-    }
+CUE = [198, 29718, 42]  # \n|Topic|:
 
 
-def test_the_prompt():
+def test_a_prompt_and_its_tokens(tokenizer):
     assert build_prompt("Rain stops {play} in Leeds") == "Rain stops {play} in Leeds\nTopic:"
-
-
-def test_the_tokens_of_a_prompt(tokenizer):
     assert encode_prompts(tokenizer, ["Rain stops play", "Rain"], 256) == [
-        [36951, 12326, 1238, 198, 29718, 42],  # Rain| stops| play|\n|Topic|:
-        [36951, 198, 29718, 42],
+        [36951, 12326, 1238, *CUE],  # Rain| stops| play
+        [36951, *CUE],
     ]
     assert encode_prompts(tokenizer, [], 256) == []
 
 
-def test_the_label_tokens(tokenizer):
+def test_the_label_words_and_their_tokens(tokenizer):
+    assert label_words(tokenizer, LABELS) == [" World", " Sports", " Business", " Sci/Tech"]
     assert label_token_ids(tokenizer, LABELS) == [2260, 15278, 8460, 2528]
-    assert tokenizer.convert_ids_to_tokens([2260, 15278, 8460, 2528]) == [
-        "ĠWorld",
-        "ĠSports",
-        "ĠBusiness",
-        "ĠSci",
-    ]
+    assert tokenizer.convert_ids_to_tokens(2528) == "ĠSci"
 
 
 def test_labels_that_begin_with_one_token_become_letters(tokenizer):
-    assert label_words(tokenizer, LABELS) == [" World", " Sports", " Business", " Sci/Tech"]
     assert label_words(tokenizer, ["World", "Sports", "World news"]) == [" A", " B", " C"]
     ids = label_token_ids(tokenizer, [f"talk.{i}" for i in range(26)])
-    assert tokenizer.convert_ids_to_tokens(ids) == [
-        f"Ġ{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    ]
+    letters = [f"Ġ{letter}" for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    assert tokenizer.convert_ids_to_tokens(ids) == letters
 
 
 def test_solved_examples_end_in_their_label_word_and_a_long_one_is_cut():
@@ -60,16 +44,9 @@ def test_solved_examples_end_in_their_label_word_and_a_long_one_is_cut():
 
 def test_a_template_that_ends_in_a_space_is_refused(tokenizer, monkeypatch):
     monkeypatch.setattr(prompts, "TEMPLATE", "{text}\nTopic: ")
-    with pytest.raises(
-        ModelError,
-        match="joins the end of the prompt and the label word 'World' into one token: change TEMPLATE",
-    ):
-        prompts._first_tokens(
-            tokenizer, ["World", "Sports"]
-        )  # the space moved from the words to the template
-
-
-CUE = [198, 29718, 42]  # \n|Topic|:
+    message = "joins the end of the prompt and the label word 'World' into one token"
+    with pytest.raises(ModelError, match=message):
+        prompts._first_tokens(tokenizer, ["World", "Sports"])
 
 
 @pytest.mark.parametrize("prefix", ["", "Rain stops play\nTopic: Sports\n\n"])
@@ -83,18 +60,16 @@ CUE = [198, 29718, 42]  # \n|Topic|:
     ],
 )
 def test_a_text_that_is_too_long_loses_its_last_words(tokenizer, text, prefix):
+    def encoded(text: str) -> list[int]:
+        return tokenizer(prefix + build_prompt(text)).input_ids
+
     [ids] = encode_prompts(tokenizer, [text], 64, prefix)
     most = 64 + len(tokenizer(prefix).input_ids if prefix else [])
     kept = tokenizer.decode(ids).removeprefix(prefix).removesuffix("\nTopic:")
-    words = text.split(" ")
-    count = len(kept.split(" "))
+    words, count = text.split(" "), len(kept.split(" "))
     assert kept == " ".join(words[:count])  # whole words
-    assert ids == tokenizer(prefix + build_prompt(kept)).input_ids and ids[-3:] == CUE
-    assert (
-        len(ids)
-        <= most
-        < len(tokenizer(prefix + build_prompt(" ".join(words[: count + 1]))).input_ids)
-    )
+    assert ids == encoded(kept) and ids[-3:] == CUE
+    assert len(ids) <= most < len(encoded(" ".join(words[: count + 1])))
 
 
 def test_a_single_word_that_is_too_long_loses_its_last_characters(tokenizer):
@@ -105,5 +80,4 @@ def test_a_single_word_that_is_too_long_loses_its_last_characters(tokenizer):
 
 def test_a_text_of_just_the_length_is_whole(tokenizer):
     [ids] = encode_prompts(tokenizer, ["Rain " * 61 + "on"], 65)
-    assert len(ids) == 65
-    assert tokenizer.decode(ids) == "Rain " * 61 + "on\nTopic:"
+    assert len(ids) == 65 and tokenizer.decode(ids) == "Rain " * 61 + "on\nTopic:"
