@@ -50,9 +50,12 @@ def _data(name: str) -> Source:
 
 
 def _from_hub(name: str, kind: str, patterns: Sequence[str], otherwise: str) -> Source:
+    download, folder = 0, None
     try:
         commit, sizes = hub.list_files(name, kind, patterns)
-        folder = None
+        for file, size in sizes.items():
+            copy = try_to_load_from_cache(name, file, revision=commit, repo_type=kind)
+            download += 0 if isinstance(copy, str) else size
         if "config.json" in sizes:  # a repository with conditions lists its files to everybody
             options = {"revision": commit, "etag_timeout": hub.ANSWER_SECONDS}
             folder = Path(hf_hub_download(name, "config.json", **options)).parent
@@ -61,10 +64,6 @@ def _from_hub(name: str, kind: str, patterns: Sequence[str], otherwise: str) -> 
             return Source("in the hub's cache: no network needed", config=_read_config(folder))
         why = hub.explain(name, kind, error).rstrip(".")
         return Source(f"cannot be loaded from the hub: {why}", "stop", otherwise)
-    download = 0
-    for file, size in sizes.items():
-        copy = try_to_load_from_cache(name, file, revision=commit, repo_type=kind)
-        download += 0 if isinstance(copy, str) else size
     what = f"{_size(download)} to download" if download else "in the hub's cache"
     found = f"on the hub, {_size(sum(sizes.values()))}: {what}"
     return Source(found, download=download, config=folder and _read_config(folder))
