@@ -1,7 +1,6 @@
 """AG News rows: from the hub, a folder of CSVs or the bundled sample; cleaned, and drawn into a seeded, stratified subset."""
 
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from qlora_helpers.colab.hub import fetch, file_names
+from qlora_helpers.colab.hub import DATASET_FILES, fetch
 from qlora_helpers.config import AG_NEWS, SAMPLE, RunConfig
 from qlora_helpers.errors import DataError
 from qlora_helpers.texts import (
@@ -180,18 +179,14 @@ def _load_from_hub() -> dict[str, pd.DataFrame]:
     folder = fetch(
         AG_NEWS,
         "dataset",
-        parquet_files,
+        DATASET_FILES,
         DataError,
         "Or set QLORA_DATA to a folder with train.csv and test.csv, or "
         f"QLORA_DATA={SAMPLE} for the bundled sample.",
     )
     rows = {}
     for split in ("train", "test"):
-        parts = [
-            str(folder / name)
-            for name in parquet_files(file_names(folder))
-            if name.startswith(f"data/{split}-")
-        ]
+        parts = sorted(str(path) for path in folder.glob(f"data/{split}-*.parquet"))
         try:
             rows[split] = (
                 datasets.Dataset.from_parquet(parts)
@@ -204,20 +199,3 @@ def _load_from_hub() -> dict[str, pd.DataFrame]:
                 "this cell again."
             ) from error
     return rows
-
-
-def parquet_files(names: Iterable[str]) -> list[str]:
-    """The files of AG News on the hub, of both splits; empty if they are not there whole."""
-    parts = [
-        match
-        for name in sorted(names)
-        if (match := re.fullmatch(r"data/(train|test)-\d{5}-of-(\d{5})\.parquet", name))
-    ]
-    whole = all(
-        any(
-            part[1] == split and int(part[2]) == sum(other[1] == split for other in parts)
-            for part in parts
-        )
-        for split in ("train", "test")
-    )
-    return [part[0] for part in parts] if whole else []
