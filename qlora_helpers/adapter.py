@@ -4,7 +4,6 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -152,18 +151,11 @@ def find_adapter(source: str | os.PathLike) -> Path:
     return fetch(
         name,
         "model",
-        _adapter_files,
+        (SETTINGS, "adapter_config.json", WEIGHTS, "calibration.json"),
         ModelError,
         f"An adapter holds {SETTINGS}, adapter_config.json and {WEIGHTS}, as "
         "notebooks/03_qlora_training.ipynb writes them.",
-        newest=True,
     )
-
-
-def _adapter_files(names: Iterable[str]) -> list[str]:
-    """What is read of an adapter; empty if it could not be used."""
-    needed = {SETTINGS, "adapter_config.json", WEIGHTS}
-    return sorted((needed | {"calibration.json"}) & set(names)) if needed <= set(names) else []
 
 
 def _read_json(path: Path) -> dict:

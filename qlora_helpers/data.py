@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from qlora_helpers.colab.hub import fetch
+from qlora_helpers.colab.hub import DATASET_FILES, fetch
 from qlora_helpers.config import AG_NEWS, SAMPLE, RunConfig
 from qlora_helpers.errors import DataError
 from qlora_helpers.texts import (
@@ -173,7 +173,7 @@ def _load_from_hub() -> dict[str, pd.DataFrame]:
     folder = fetch(
         AG_NEWS,
         "dataset",
-        ["data/*.parquet"],
+        DATASET_FILES,
         DataError,
         "Or set QLORA_DATA to a folder with train.csv and test.csv, or "
         f"QLORA_DATA={SAMPLE} for the bundled sample.",

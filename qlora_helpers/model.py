@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from qlora_helpers.colab.hub import checkpoint_files, fetch
+from qlora_helpers.colab.hub import CHECKPOINT_FILES, fetch
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.families import check_family, check_window
@@ -152,7 +152,7 @@ def _checkpoint(base_model: str) -> Path:
     return fetch(
         base_model,
         "model",
-        checkpoint_files,
+        CHECKPOINT_FILES,
         ModelError,
         "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or "
         "QLORA_PROFILE=cpu for the small model, which needs no network.",

@@ -268,7 +268,7 @@ def test_the_doctor_knows_the_download(checkpoint, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("qlora_helpers.colab.reach.HUB_SECONDS", 300)
+    monkeypatch.setattr("qlora_helpers.colab.hub.ANSWER_SECONDS", 300)
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     hub.repositories["account/mistral"] = files | {
         "consolidated.safetensors": b"x" * 10**6,

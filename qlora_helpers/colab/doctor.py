@@ -1,4 +1,4 @@
-"""The doctor of notebook 01: what this machine, its packages and the network have for a run, and the remedy for what they lack."""
+"""The doctor of notebook 01: what this machine and the network have for a run, and remedies."""
 
 import os
 import shutil
@@ -10,20 +10,12 @@ import psutil
 import torch
 from huggingface_hub import constants
 from pandas.io.formats.style import Styler
-from transformers import MistralConfig
 
 from qlora_helpers.colab.drive import without_drive
-from qlora_helpers.colab.estimates import (
-    ModelSize,
-    bytes_written,
-    expected_plan,
-    minutes,
-    model_size,
-    rows_on_cpu,
-)
-from qlora_helpers.colab.hub_token import Token, needs_hub, use_token
+from qlora_helpers.colab.estimates import ModelSize, minutes, model_size
+from qlora_helpers.colab.hub_token import use_token
 from qlora_helpers.colab.machine import on_colab
-from qlora_helpers.colab.reach import MISTRALS, reach
+from qlora_helpers.colab.reach import reach
 from qlora_helpers.colab.threads import bounded
 from qlora_helpers.colab.versions import check_versions
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
@@ -33,7 +25,7 @@ from qlora_helpers.model import compute_dtype
 from qlora_helpers.run.files import nearest
 from qlora_helpers.run.workspace import Workspace
 
-CHOOSE_T4 = "Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
+_CHOOSE_T4 = "Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
 _COLOURS = {
     "ok": "background-color: #d9f2d9; color: #14521a",
     "warning": "background-color: #fff0c2; color: #6b4e00",
@@ -52,223 +44,133 @@ class Finding:
 
 
 def examine(config: RunConfig, workspace: Workspace, profile: str | None = None) -> list[Finding]:
-    """All findings, within a quarter of a minute (and the time that Colab takes for a secret). `profile` is what the form asks for: without
-    a GPU, Colab goes on only if that, or QLORA_PROFILE, is cpu."""
+    """Return all findings: within seconds, or 36 if neither Colab nor the hub answers.
+
+    Args:
+        profile: the form's choice. A Colab runtime without a GPU is a stop, unless this or
+            QLORA_PROFILE is "cpu".
+    """
     token = use_token(config, again=True)
     model, data = reach(config)
-    shape = MistralConfig() if config.base_model in MISTRALS else model.config
-    size = shape and model_size(shape)
-    download = None if "stop" in (model.verdict, data.verdict) else model.download + data.download
+    size = model_size(model.config) if model.config else None
+    # the adapter and three checkpoints, of the embedded model or of one of 7B parameters
+    written = (130 if config.base_model == EMBEDDED_MODEL else 1100) * 10**6 * config.lora_r // 8
+    token_found = f"from {token.source}" if token.source else token.note or "none"
+    data_name = os.path.basename(config.data) if os.path.exists(config.data) else config.data
     return [
         _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))),
-        *_memory(config, size),
+        *_memory(size),
         Finding("versions", *check_versions()),
-        *([_token(token)] if needs_hub(config) else []),
+        _finding("hub token", token_found, not token.warning, token.remedy, "warning"),
         Finding("base model", f"{config.base_model}: {model.found}", model.verdict, model.remedy),
-        Finding(
-            "data",
-            f"{os.path.basename(config.data) if os.path.exists(config.data) else config.data}: {data.found}",
-            data.verdict,
-            data.remedy,
-        ),
-        *_disks(config, workspace, size, download),
+        Finding("data", f"{data_name}: {data.found}", data.verdict, data.remedy),
+        *_disks(workspace, model.download + data.download, written),
         _workspace(workspace),
-        _plan(config, size),
-        _minutes(config, size, model.download),
+        _minutes(config, model.download),
     ]
 
 
 def findings_table(findings: list[Finding]) -> Styler:
-    """The findings as a table whose verdicts are words and colours."""
-    table = pd.DataFrame([vars(one) for one in findings])
-    return (
-        table.style.map(_COLOURS.get, subset="verdict")
-        .hide()
-        .set_properties(**{"text-align": "left", "white-space": "normal"})
-    )
+    """Return the findings as a table whose verdicts are words and colours."""
+    table = pd.DataFrame([vars(one) for one in findings]).style.hide()
+    table.set_properties(**{"text-align": "left", "white-space": "normal"})
+    return table.map(_COLOURS.get, subset="verdict")
 
 
 def require_ok(findings: list[Finding]) -> None:
     """Raise PreflightError, with each remedy, if a finding is a stop."""
-    if stops := [
-        f"{one.area}: {one.found}. {one.remedy}" for one in findings if one.verdict == "stop"
-    ]:
-        raise PreflightError(
-            "this run cannot go on here, and nothing was written.\n"
-            + "\n".join(f"- {line}" for line in stops)
-        )
+    stops = [one for one in findings if one.verdict == "stop"]
+    if stops:
+        lines = "\n".join(f"- {one.area}: {one.found}. {one.remedy}" for one in stops)
+        raise PreflightError(f"this run cannot go on here, and nothing was written.\n{lines}")
+
+
+def _finding(area: str, found: str, ok: bool, remedy: str, otherwise: str = "stop") -> Finding:
+    return Finding(area, found) if ok else Finding(area, found, otherwise, remedy)
 
 
 def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
-    dtype, reason = compute_dtype()
+    dtype, why = compute_dtype()
     runs = f"runs in {str(dtype).removeprefix('torch.')}"
     if torch.cuda.is_available():
-        older = ("warning", f"Older than a T4: nothing was tried there. {CHOOSE_T4}.")
-        return Finding(
-            "GPU",
-            f"{reason}: {runs}",
-            *(older if torch.cuda.get_device_capability() < (7, 5) else ()),
-        )
-    if config.profile == "t4":
-        return Finding(
-            "GPU",
-            "none",
-            "stop",
-            f"In Colab: {CHOOSE_T4}. To run the small model on the CPU, choose profile cpu.",
-        )
-    if on_colab() and not cpu_asked:
-        return Finding(
-            "GPU",
-            "none in this runtime",
-            "stop",
-            f"{CHOOSE_T4}. Or, to run the small model on the CPU, choose PROFILE cpu in "
-            "the form (or set QLORA_PROFILE=cpu) and run all again.",
-        )
-    return Finding("GPU", f"none: profile cpu {runs} on {os.cpu_count()} cores")
+        remedy = f"It is older than a T4, and nothing was tried there. {_CHOOSE_T4}."
+        tried = torch.cuda.get_device_capability() >= (7, 5)
+        return _finding("GPU", f"{why}: {runs}", tried, remedy, "warning")
+    remedy = (
+        f"In Colab: {_CHOOSE_T4}. To run the small model on the CPU, choose PROFILE cpu in the form "
+        "(or set QLORA_PROFILE=cpu) and run all again."
+    )
+    ok = config.profile == "cpu" and (cpu_asked or not on_colab())
+    return _finding("GPU", f"none: {runs} on {os.cpu_count()} CPU cores", ok, remedy)
 
 
-def _memory(config: RunConfig, size: ModelSize | None) -> list[Finding]:
-    found = []
+def _memory(size: ModelSize | None) -> list[Finding]:
+    findings = []
     if torch.cuda.is_available():
         gib = free_gpu_bytes() / 2**30
-        needed = size and size.gib + 1.1
-        what = f"{gib:.1f} GiB free" + (
-            f"; the model takes {size.gib:.2f} GiB in 4 bits" if size else ""
-        )
-        short = needed and 0.9 * gib < needed
-        found.append(
-            Finding(
-                "GPU memory",
-                what,
-                *(
-                    (
-                        "stop",
-                        f"{needed / 0.9:.1f} GiB are needed: Runtime > Restart session frees what an "
-                        "earlier run holds; else choose a larger GPU or a smaller model.",
-                    )
-                    if short
-                    else ()
-                ),
-            )
-        )
-    gib = psutil.virtual_memory().available / 2**30
-    least, good = 1.0, 4.0 if config.profile == "t4" else 3.0
-    verdict = "stop" if gib < least else "warning" if gib < good else "ok"
-    remedy = (
-        ""
-        if verdict == "ok"
-        else f"{good:g} GiB are comfortable: close other notebooks and programs, or restart the runtime."
-    )
-    return [*found, Finding("host memory", f"{gib:.1f} GiB available", verdict, remedy)]
-
-
-def _token(token: Token) -> Finding:
-    said = (f"from {token.source}" if token.source else "none") + (
-        f" ({token.note.rstrip('.')})" if token.note else ""
-    )
-    return Finding("hub token", said, "warning" if token.warning else "ok", token.remedy)
-
-
-def _disks(
-    config: RunConfig, workspace: Workspace, size: ModelSize | None, download: int | None
-) -> list[Finding]:
-    written = (
-        bytes_written(size, config)
-        if size
-        else 130 * 10**6
-        if config.base_model == EMBEDDED_MODEL
-        else 11 * 10**8
-    )
-    cache, run = Path(constants.HF_HUB_CACHE), workspace.path
-    shared = _device(cache) == _device(run)  # what both need, one disk must hold
-    found = []
-    for area, folder, needed, what in (
-        ("disk, downloads", cache, download, "to download"),
-        ("disk, run", run, written, "to write"),
-    ):
-        least = max((download or 0) + written if shared else needed or 0, 5 * 10**7)
-        free = shutil.disk_usage(nearest(folder)).free
-        verdict = "ok" if free > 1.5 * least else "warning" if free > least else "stop"
+        takes = f"; the model takes {size.gib:.2f} GiB in 4 bits" if size else ""
+        # training takes 1.1 GiB more for a single row, and a tenth is left free
+        needed = (size.gib + 1.1) / 0.9 if size else 0
         remedy = (
-            f"Make room for {least / 1e9:.1f} GB and half as much again." if verdict != "ok" else ""
+            f"{needed:.1f} GiB are needed: Runtime > Restart session frees what an earlier run "
+            "holds; else choose a larger GPU or a smaller model."
         )
-        said = f"{'an unknown amount' if needed is None else f'{needed / 1e9:.2f} GB'} {what}"
-        found.append(Finding(area, f"{free / 1e9:.1f} GB free, {said}", verdict, remedy))
-    return found + _drive(workspace, written)
+        found = f"{gib:.1f} GiB free{takes}"
+        findings.append(_finding("GPU memory", found, gib >= needed, remedy))
+    gib = psutil.virtual_memory().available / 2**30
+    remedy = "3 GiB are comfortable: close other notebooks and programs, or restart the runtime."
+    verdict = "warning" if gib >= 1 else "stop"
+    found = f"{gib:.1f} GiB available"
+    return [*findings, _finding("host memory", found, gib >= 3, remedy, verdict)]
 
 
-def _drive(workspace: Workspace, written: int) -> list[Finding]:
-    if not workspace.mirror:
-        return []
-    area = "disk, Google Drive"
-    try:
-        free = bounded(lambda: shutil.disk_usage(workspace.mirror.drive).free, 10)
-    except OSError as error:
-        return [
-            Finding(area, f"not known ({reason(error)})", "warning", "The run goes on without.")
-        ]
-    remedy = (
-        f"Make room for {1.5 * written / 1e9:.1f} GB. When Drive is full, the run goes on on this "
-        "machine's own disk."
-    )
-    verdict = ("ok", "") if free > 1.5 * written else ("warning", remedy)
-    return [Finding(area, f"{free / 1e9:.1f} GB free, {written / 1e9:.2f} GB to copy", *verdict)]
+def _disks(workspace: Workspace, download: int, written: int) -> list[Finding]:
+    """Return a finding for each disk: downloads and the run may share one."""
+    cache, run = nearest(Path(constants.HF_HUB_CACHE)), nearest(workspace.path)
+    disks = [("downloads", cache, download), ("run", run, written)]
+    if os.stat(cache).st_dev == os.stat(run).st_dev:
+        disks = [("downloads and run", run, download + written)]
+    findings = []
+    for use, folder, size in disks:
+        free, size = shutil.disk_usage(folder).free, max(size, 5 * 10**7)
+        verdict = "warning" if free > size else "stop"
+        findings.append(_space(f"disk, {use}", free, size, verdict))
+    if workspace.mirror:
+        try:
+            free = bounded(lambda: shutil.disk_usage(workspace.mirror.drive).free, 10)
+            findings.append(_space("Google Drive", free, written, "warning"))
+        except OSError as error:
+            remedy = "The run stays on this machine's own disk."
+            found = f"it does not say how much is free ({reason(error)})"
+            findings.append(Finding("Google Drive", found, "warning", remedy))
+    return findings
+
+
+def _space(area: str, free: int, size: int, otherwise: str) -> Finding:
+    found = f"{free / 1e9:.1f} GB free, {size / 1e9:.2f} GB to write"
+    remedy = f"Make room for {1.5 * size / 1e9:.1f} GB."
+    return _finding(area, found, free > 1.5 * size, remedy, otherwise)
 
 
 def _workspace(workspace: Workspace) -> Finding:
-    if on_colab() and not workspace.mirror:
-        why = f" ({without_drive()})" if without_drive() else ""
-        return Finding(
-            "workspace",
-            f"{workspace}, on this machine{why}",
-            "warning",
-            "The other notebooks get machines of their own and "
-            "will not find it: Runtime > Restart session and run all, and allow Google Drive.",
-        )
-    copied = ", copied to Google Drive" if workspace.mirror else ""
-    return Finding("workspace", f"{workspace}{copied}")
-
-
-def _plan(config: RunConfig, size: ModelSize | None) -> Finding:
-    area = "batch plan, expected"
-    if not torch.cuda.is_available():
-        rows = (
-            rows_on_cpu(config, psutil.virtual_memory().available / 2**30)
-            if config.base_model == EMBEDDED_MODEL
-            else None
-        )
-        return Finding(
-            area, f"{rows} rows at once; 03 tries it" if rows else "03 tries it on the model itself"
-        )
-    plan = size and expected_plan(size, config, free_gpu_bytes() / 2**30)
-    if not plan or not plan[0]:
-        return Finding(area, "03 tries it on the model itself")
-    rows, checkpointed = plan
-    return Finding(
-        area,
-        f"{rows} rows at once, about {checkpointed} of {size.layers} layers checkpointed on the longest; 03 tries it",
+    if workspace.mirror:
+        return Finding("workspace", f"{workspace}, copied to Google Drive")
+    remedy = (
+        "The other notebooks get machines of their own and will not find it: Runtime > Restart "
+        "session and run all, and allow Google Drive."
     )
+    why = f", without Google Drive ({without_drive()})" if without_drive() else ""
+    return _finding("workspace", f"{workspace}{why}", not on_colab(), remedy, "warning")
 
 
-def _minutes(config: RunConfig, size: ModelSize | None, download: int) -> Finding:
-    if not torch.cuda.is_available() and config.base_model != EMBEDDED_MODEL:
-        large = size is None or size.linear > 10**9
-        return Finding(
-            "minutes",
-            "hours: this model is for a GPU" if large else "not known for this model",
-            "warning" if large else "ok",
-        )
-    said = ", ".join(
-        f"{name}: {max(1, round(count))}" for name, count in minutes(config, download).items()
-    )
-    measured = config.base_model == EMBEDDED_MODEL
-    where = (
-        "two CPU cores, measured"
-        if measured
-        else "a T4, by a rehearsal on another GPU and a T4's rows a second on paper"
-    )
-    return Finding("minutes", f"{said} ({where})")
-
-
-def _device(folder: Path) -> int:
-    return os.stat(nearest(folder)).st_dev
+def _minutes(config: RunConfig, download: int) -> Finding:
+    if config.base_model == EMBEDDED_MODEL:
+        source = "measured on two CPU cores"
+    elif torch.cuda.is_available():
+        source = "a T4's, estimated: its rows a second on paper, the rest from another GPU"
+    else:
+        remedy = "A model of billions of weights takes hours without a GPU."
+        return Finding("minutes", "not known for this model on a CPU", "warning", remedy)
+    each = minutes(config, download).items()
+    found = ", ".join(f"{name}: {max(1, round(count))}" for name, count in each)
+    return Finding("minutes", f"{found} ({source})")
