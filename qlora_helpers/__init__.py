@@ -56,7 +56,6 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
         "wilson_interval",
         "with_temperature",
     ),
-    "curve": ("learning_curve", "tfidf_classifier"),
     "card": ("model_card",),
     # 05_inference
     "classifier": ("HeadlineClassifier", "classify_file"),
