@@ -59,7 +59,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "card": ("model_card",),
     # 05_inference
     "classifier": ("HeadlineClassifier", "classify_file"),
-    "export": ("export_adapter", "merge_adapter", "merged_bytes"),
+    "export": ("export_adapter", "merge_adapter"),
     # figures and panels
     "plots": (),
     "widgets.loss_panel": ("LossPanel",),

@@ -45,7 +45,7 @@ def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
         own = {"labels": config.labels, "max_length": config.max_length, "prompt": TEMPLATE}
         Path(temporary, SETTINGS).write_text(json.dumps(own, indent=1), encoding="utf-8")
         copy_folder(Path(temporary), folder)
-    _check_weights(model, folder, "written")
+        _check_weights(model, folder, "written")
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -98,15 +98,12 @@ def read_settings(folder: Path) -> RunConfig:
 
 
 def read_temperature(folder: Path) -> float:
-    """Return the temperature that 04 saved with the adapter in `folder`; 1 without 04.
-
-    Raises ModelError for one that is not a positive number.
-    """
+    """Return the temperature that 04 saved in an adapter's `folder`, else 1. Raises ModelError."""
     path = folder / "calibration.json"
     if not path.exists():
         return 1.0
     temperature = _read_json(path).get("temperature")
-    if not _within(temperature, 1e-300, 1e300):
+    if type(temperature) not in (int, float) or not 0 < temperature < float("inf"):
         raise ModelError(
             f"{path} says temperature {temperature!r}, not a positive number. Run "
             "notebooks/04_evaluation.ipynb again."
@@ -115,10 +112,7 @@ def read_temperature(folder: Path) -> float:
 
 
 def find_adapter(source: str | os.PathLike) -> Path:
-    """Return the folder `source`, or that of the hub's `account/name`, without files that may run.
-
-    Raises ModelError if it is neither.
-    """
+    """Return the folder `source`, or that of the hub's `account/name`. Raises ModelError."""
     folder, name = Path(source).expanduser(), str(source)
     if folder.is_dir():
         return folder
@@ -184,7 +178,7 @@ def _check_settings(model: PreTrainedModel, settings: dict) -> dict:
     for name, value in settings.items():
         free = name in _FREE or value in (plain.get(name), None, False) or value == {}
         if not right.get(name, free):
-            raise ValueError(f"its {name} is {str(value)[:80]!r}, which plain LoRA does not have")
+            raise ValueError(f"its {name} is {str(value)[:80]!r}, not a plain LoRA's")
     return settings
 
 

@@ -18,15 +18,11 @@ def model_card(
     revision: str | None,
     versions: dict[str, str],
 ) -> str:
-    """Return an adapter's model card: Markdown with the hub's metadata.
+    """Return an adapter's model card, in Markdown with the hub's metadata.
 
-    Args:
-        config: the run's config.
-        table: its scoreboard, the tuned model in the last row.
-        history: its `training.json`.
-        temperature: by which to divide the logits; 1 for none.
-        revision: the base model's commit, if it is known.
-        versions: of the packages that trained the adapter.
+    `table` is the run's scoreboard, with the tuned model in the last row; `history` its
+    `training.json`; `revision` the base model's commit; `versions` those of the packages that
+    trained the adapter.
     """
     base, tuned, minutes = config.base_model, table.iloc[-1], history["seconds"] / 60
     if base == EMBEDDED_MODEL:

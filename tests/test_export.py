@@ -1,13 +1,11 @@
 import resource
-import shutil
-from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import export_adapter, merge_adapter, merged_bytes
+from qlora_helpers import export_adapter, merge_adapter
 from qlora_helpers.errors import ModelError, WorkspaceError
 from qlora_helpers.prompts import build_prompt, label_token_ids
 
@@ -17,8 +15,9 @@ TEXTS = ["Striker signs record contract", "Oil climbs as the port closes for a t
 def test_the_merged_model_answers_as_the_adapter_does(classifier, tmp_path):
     folder = merge_adapter(classifier, tmp_path / "new" / "merged")
     assert [path.name for path in folder.parent.iterdir()] == ["merged"]
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert weights == pytest.approx(merged_bytes(classifier), rel=0.01)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    parameters = classifier.model.get_base_model().num_parameters()
+    assert size == pytest.approx(2 * parameters, rel=0.01)  # as 05 announces
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert not any("lora" in name for name, _ in model.named_parameters())
@@ -30,16 +29,6 @@ def test_the_merged_model_answers_as_the_adapter_does(classifier, tmp_path):
         np.testing.assert_allclose(answer, expected, atol=0.01)
     base = classifier.probabilities(TEXTS, base_model=True)
     assert abs(base - tuned).max() > 0.1  # the adapter is felt
-
-
-def test_what_would_not_fit_is_refused_before_anything_is_written(
-    classifier, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10**6))
-    message = r"needs 1\.\d GB of disk and .*merged has 0\.0 GB free: make room"
-    with pytest.raises(ModelError, match=message):
-        merge_adapter(classifier, tmp_path / "merged")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_there_is_left_alone(classifier, tmp_path):

@@ -28,10 +28,7 @@ def review_table(
 class ErrorExplorer(ipw.VBox):
     """Two menus that choose a cell of the confusion matrix, and its texts.
 
-    Args:
-        table: what `review_table` returns.
-        labels: all labels.
-        rows: the number of texts to show, the most confident first.
+    `table` comes from `review_table`. The first `rows` texts of the cell are shown.
     """
 
     def __init__(self, table: pd.DataFrame, labels: Sequence[str], rows: int = 20):

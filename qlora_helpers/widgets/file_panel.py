@@ -70,16 +70,10 @@ class FilePanel(ipw.VBox):
 
 
 def _uploaded(value) -> tuple[str, bytes]:
-    """Return name and content of a FileUpload's one file; ("", b"") without one.
-
-    ipywidgets 7 holds a dictionary of files by name, 8 a tuple of files.
-    """
-    if not value:
-        return "", b""
-    if isinstance(value, dict):
-        [(name, file)] = value.items()
-        return name, bytes(file["content"])
-    return value[0]["name"], bytes(value[0]["content"])
+    """Return name and content of a FileUpload's one file; ("", b"") without one."""
+    # ipywidgets 7 has a dictionary of files by name, 8 a tuple of files.
+    files = value.items() if isinstance(value, dict) else [(file["name"], file) for file in value]
+    return next(((name, bytes(file["content"])) for name, file in files), ("", b""))
 
 
 def _result(table: pd.DataFrame, label: str, name: str, seconds: float) -> str:

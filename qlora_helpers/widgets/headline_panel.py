@@ -25,10 +25,9 @@ _SHOWN = 300
 class HeadlinePanel(ipw.VBox):
     """A text area, examples to click, and the label probabilities of the last text.
 
-    The button classifies, and so does Enter at the end of the text. Two boxes ask for the base
-    model's probabilities and for the effect of each word. A failure gives a message in the panel,
-    never a traceback. It starts with the first example. `probabilities` holds the bars' values,
-    None without any; `asked` is the history: text, label and probability, the newest first.
+    The button classifies, and so does Enter at the end of the text. A failure gives a message in
+    the panel, never a traceback. `probabilities` holds the bars' values, None without any; `asked`
+    is the history: text, label and probability, the newest first.
     """
 
     def __init__(self, classifier: HeadlineClassifier, examples: Sequence[str] = ()):
@@ -114,13 +113,11 @@ class HeadlinePanel(ipw.VBox):
                 f'<span style="background:{background};padding:0 2px">'
                 f"<bdi>{escape(_shorten(word))}</bdi> <small>{effect:+.1f}</small></span>"
             )
-        many = len(tidy_text(text).split()) > MOST_WORDS
-        first = f" The first {MOST_WORDS} words." if many else ""
         return (
             f"<p>Which words spoke for {escape(label)} (+) or against it (−): by how much the "
             "natural logarithm of its odds against all other labels falls without the word. +1 "
-            "means odds 2.7 times as high with the word, +2 means 7.4 times."
-            f"{first}</p><p>{' '.join(words)}</p>"
+            "means odds 2.7 times as high with the word, +2 means 7.4 times. The first "
+            f"{MOST_WORDS} words at most.</p><p>{' '.join(words)}</p>"
         )
 
 

@@ -87,7 +87,7 @@ def test_the_base_model_and_the_words_on_request(panel, classifier):
     shown = re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+\.\d)</small>", panel.answer.value)
     assert shown == [(word, f"{e:+.1f}") for word, e in effects.itertuples(index=False)]
     panel.text.value = "word " * 60 + "\n"
-    assert panel.answer.value.count("<small>") == 40 and "The first 40 words." in panel.answer.value
+    assert panel.answer.value.count("<small>") == 40
     panel.text.value = "alone\n"
     assert panel.probabilities is not None and "nothing to leave out" in panel.answer.value
 
