@@ -293,5 +293,5 @@ def test_the_loss_panel_takes_less_than_a_fiftieth_of_the_time(monkeypatch):
         panel.live(lambda: history(0.5), f"step {step} of <2>")
         assert panel.status.value == f"step {step} of &lt;2&gt;"
         assert panel.cost == 3 * len(drawn)
-    # The first is drawn before its cost is known; others when they and those before take a fiftieth.
+    # The first is drawn before its cost is known, the others when all take a fiftieth.
     assert drawn == [0, 296, 443, 590]
