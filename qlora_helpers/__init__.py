@@ -56,11 +56,10 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
         "wilson_interval",
         "with_temperature",
     ),
-    "curve": ("learning_curve", "tfidf_classifier"),
     "card": ("model_card",),
     # 05_inference
     "classifier": ("HeadlineClassifier", "classify_file"),
-    "export": ("export_adapter", "merge_adapter", "merged_bytes"),
+    "export": ("export_adapter", "merge_adapter"),
     # figures and panels
     "plots": (),
     "widgets.loss_panel": ("LossPanel",),

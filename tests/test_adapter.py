@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import shutil
 import struct
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from qlora_helpers.model import attach_lora, load_base_model
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory):
     """A base model without an adapter, its config, and the folder of one that fits."""
-    config = RunConfig(**(PROFILES["cpu"] | {"profile": "cpu", "base_model": tiny}))
+    config = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": tiny})
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     folder = tmp_path_factory.mktemp("saved") / "adapter"
     save_adapter(attach_lora(load_base_model(config), lora, 0), config, folder)
@@ -30,11 +31,7 @@ def saved(tiny, tmp_path_factory):
 
 @pytest.fixture
 def folder(saved, tmp_path) -> Path:
-    copy = tmp_path / "adapter"
-    copy.mkdir()
-    for path in saved[2].iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    return copy
+    return shutil.copytree(saved[2], tmp_path / "adapter")
 
 
 def _config(**changes):
@@ -49,7 +46,7 @@ def _weights(edit):
     def change(folder):
         path = folder / "adapter_model.safetensors"
         tensors = load_file(path)
-        edit(tensors, sorted(tensors))
+        edit(tensors, min(tensors))
         save_file(tensors, path)
 
     return change
@@ -60,32 +57,21 @@ class Payload:
         return os.mkdir, ("ran",)
 
 
-def _pickled(folder):
-    (folder / "adapter_model.safetensors").unlink()
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Payload()))
-
-
-def _pickled_beside(folder):
-    (folder / "training_args.bin").write_bytes(pickle.dumps(Payload()))
-
-
-def _an_index(folder):
-    (folder / "adapter_model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"x": "../../../etc/passwd"}})
-    )
-
-
 def _a_header(shape, offsets):
     def change(folder):
         path = folder / "adapter_model.safetensors"
-        with open(path, "rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        header.pop("__metadata__", None)
-        header = {
-            name: {"dtype": "F32", "shape": shape, "data_offsets": offsets} for name in header
-        }
-        text = json.dumps(header).encode()
+        names = sorted(load_file(path))
+        part = {"dtype": "F32", "shape": shape, "data_offsets": offsets}
+        text = json.dumps(dict.fromkeys(names, part)).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text)
+
+    return change
+
+
+def _file(name: str, content):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(content)
 
     return change
 
@@ -95,140 +81,117 @@ def _torn(folder):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def _code(folder):
-    (folder / "modeling_own.py").write_text("import os; os.mkdir('ran')")
-    _config(auto_map={"AutoModel": "modeling_own.Own"})(folder)
-
-
 def _a_pipe(folder):
     (folder / "adapter_config.json").unlink()
     os.mkfifo(folder / "adapter_config.json")
 
 
-def _drop(tensors, names):
-    del tensors[names[0]]
-
-
-def _grow(tensors, names):
-    tensors[names[0]] = torch.zeros(4, 10_000)
-
-
-def _widen(tensors, names):
-    tensors[names[0]] = tensors[names[0]].to(torch.int32)
-
-
-def _stray(tensors, names):
-    tensors["base_model.model.lm_head.weight"] = torch.zeros(8, 8)
-
-
+# Each change of an adapter's folder, and what the message says of it.
+PICKLE = pickle.dumps(Payload())
 REFUSED = {
-    "weights as a pickle": (_pickled, "it holds adapter_model.bin"),
-    "a pickle beside": (_pickled_beside, "it holds training_args.bin"),
-    "an index that leads out of the folder": (
-        _an_index,
-        "it holds adapter_model.safetensors.index.json",
-    ),
-    "code of its own": (_code, "it holds modeling_own.py"),
-    "code by its config": (
-        _config(auto_map={"AutoModel": "somewhere--own.Own"}),
-        "asks for auto_map=",
-    ),
-    "a class to import": (
-        _config(auto_mapping={"base_model_class": "X", "parent_library": "os"}),
-        "asks for auto_mapping=",
-    ),
-    "trusting remote code": (_config(trust_remote_code=True), "asks for trust_remote_code="),
-    "another base model": (
-        _config(base_model_name_or_path="someone/other-7b"),
-        "made for the base model 'someone/other-7b'",
-    ),
-    "no base model": (_config(base_model_name_or_path=None), "made for the base model 'None'"),
+    "weights as a pickle": (_file("adapter_model.bin", PICKLE), "holds adapter_model.bin"),
+    "a pickle beside": (_file("training_args.bin", PICKLE), "holds training_args.bin"),
+    "an index": (_file("adapter_model.safetensors.index.json", b"{}"), "holds .*index.json"),
+    "code of its own": (_file("own.py", b"import os; os.mkdir('ran')"), "holds own.py"),
+    "a folder": (lambda folder: (folder / "inner").mkdir(), "holds inner"),
+    "code by its config": (_config(auto_map={"AutoModel": "a--own.Own"}), "its auto_map"),
+    "a class to import": (_config(auto_mapping={"parent_library": "os"}), "its auto_mapping"),
+    "trusting remote code": (_config(trust_remote_code=True), "its trust_remote_code"),
+    "another base model": (_config(base_model_name_or_path="a/b"), "was made for 'a/b'"),
+    "no base model": (_config(base_model_name_or_path=None), "was made for 'None'"),
     "another method": (_config(peft_type="IA3"), "is not of LoRA"),
-    "a huge rank": (_config(r=10**9), "its rank '1000000000'"),
-    "a rank that is not the weights'": (
-        _config(r=8),
-        r"where the base model needs \[(8, \d+|\d+, 8)\]",
-    ),
+    "a huge rank": (_config(r=10**9), "its r is '1000000000'"),
+    "another rank": (_config(r=8), r"not \[(8, \d+|\d+, 8)\] of floats"),
     "a scale that is not a number": (_config(lora_alpha=float("nan")), "its lora_alpha is 'nan'"),
-    "an expression for targets": (_config(target_modules="(a+)+$"), "target_modules is not a list"),
-    "other layers": (
-        _config(target_modules=["q_proj"]),
-        "differ at base_model.model.model.layers.0.mlp",
-    ),
+    "a dropout above 1": (_config(lora_dropout=1.5), "its lora_dropout is '1.5'"),
+    "an expression for targets": (_config(target_modules="(a+)+$"), "its target_modules"),
+    "other layers": (_config(target_modules=["q_proj"]), "differ at .*model.layers.0.mlp"),
     "no such layers": (_config(target_modules=["c_attn"]), "no layers named"),
-    "layers multiplied": (_config(layer_replication=[[0, 10**6]]), "asks for layer_replication="),
-    "whole modules": (_config(modules_to_save=["lm_head"]), "asks for modules_to_save="),
-    "a start that computes": (_config(init_lora_weights="pissa"), "init_lora_weights"),
-    "a weight missing": (_weights(_drop), "differ at base_model"),
-    "a weight too many": (_weights(_stray), "differ at base_model.model.lm_head.weight"),
-    "a weight too wide": (_weights(_grow), r"is F32 \[4, 10000\], where the base model needs"),
-    "a weight of integers": (_weights(_widen), "is I32"),
-    "a shape of 4 PiB": (_a_header([2**25, 2**25], [0, 2**52]), "is refused"),
-    "a shape that overflows": (_a_header([2**62, 2**62], [0, 8]), "is refused"),
-    "a torn file": (_torn, "is refused"),
-    "a config that is no JSON": (
-        lambda folder: (folder / "adapter_config.json").write_text("{"),
-        "is refused",
+    "no layers": (_config(target_modules=[]), "no layers named"),
+    "layers multiplied": (_config(layer_replication=[[0, 10**6]]), "its layer_replication"),
+    "whole modules": (_config(modules_to_save=["lm_head"]), "its modules_to_save"),
+    "a start that computes": (_config(init_lora_weights="pissa"), "its init_lora_weights"),
+    "a weight missing": (_weights(lambda tensors, name: tensors.pop(name)), "differ at base_model"),
+    "a weight too many": (
+        _weights(lambda tensors, name: tensors.update(lm_head=torch.zeros(8, 8))),
+        "differ at lm_head",
     ),
-    "a config nested without end": (
-        lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000),
-        "is refused",
+    "a weight too wide": (
+        _weights(lambda tensors, name: tensors.update({name: torch.zeros(4, 10_000)})),
+        r"is F32 \[4, 10000\], not",
     ),
-    "a config of another kind": (
-        lambda folder: (folder / "adapter_config.json").write_text("[1]"),
-        "is not of LoRA",
+    "a weight of integers": (
+        _weights(lambda tensors, name: tensors.update({name: tensors[name].int()})),
+        "is I32",
     ),
+    "a shape of 4 PiB": (_a_header([2**25, 2**25], [0, 2**52]), ""),
+    "a shape that overflows": (_a_header([2**62, 2**62], [0, 8]), ""),
+    "a torn file": (_torn, ""),
+    "a config that is no JSON": (_file("adapter_config.json", b"{"), ""),
+    "a config nested without end": (_file("adapter_config.json", b"[" * 100_000), ""),
+    "a config of another kind": (_file("adapter_config.json", b"[1]"), "is not of LoRA"),
     "a config of a gigabyte": (
         lambda folder: os.truncate(folder / "adapter_config.json", 2**30),
         "longer than a mebibyte",
     ),
     "a pipe for a config": (_a_pipe, "Not an ordinary file"),
-    "nothing": (lambda folder: [path.unlink() for path in folder.iterdir()], "No such file"),
+    "nothing": (lambda folder: shutil.rmtree(folder), "No such file"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_not_plain_lora_of_this_base_model_is_refused(
-    saved, folder, monkeypatch, tmp_path, kind
-):
-    (base, _, _), (change, said) = saved, REFUSED[kind]
+def test_what_is_not_plain_lora_of_this_base_model_is_refused(saved, folder, monkeypatch, kind):
+    base, (change, said) = saved[0], REFUSED[kind]
     change(folder)
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder.parent)
     before = {name: id(module) for name, module in base.named_modules()}
-    monkeypatch.setattr(
-        PeftModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("it was loaded")
-    )
-    with pytest.raises(
-        ModelError,
-        match=rf"the adapter in .*/adapter (is refused: .*)?{said}.*Nothing of it was loaded",
-    ):
+    monkeypatch.setattr(PeftModel, "from_pretrained", lambda *_, **__: pytest.fail("it was loaded"))
+    message = rf"the adapter in .*/adapter is refused: .*{said}.*Nothing of it was loaded"
+    with pytest.raises(ModelError, match=message):
         load_adapter(base, folder)
-    assert (
-        not (tmp_path / "ran").exists()
-        and {name: id(module) for name, module in base.named_modules()} == before
-    )
+    assert not (folder.parent / "ran").exists()
+    assert {name: id(module) for name, module in base.named_modules()} == before
 
 
 def test_what_fits_is_loaded_with_the_files_that_04_adds(saved, folder):
-    _, config, _ = saved
     (folder / "README.md").write_text("a card")
     (folder / "calibration.json").write_text("{}")
-    loaded = load_adapter(load_base_model(config), str(folder))
-    expected = load_file(folder / "adapter_model.safetensors")
-    found = {
-        name.replace(".default", ""): p for name, p in loaded.named_parameters() if "lora_" in name
+    loaded = load_adapter(load_base_model(saved[1]), str(folder))
+    weights = {
+        name.replace(".default", ""): parameter
+        for name, parameter in loaded.named_parameters()
+        if "lora_" in name
     }
-    assert found.keys() == expected.keys() and all(
-        torch.equal(found[name], expected[name]) for name in expected
-    )
+    torch.testing.assert_close(weights, load_file(folder / "adapter_model.safetensors"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["target_modules"] == sorted(settings["target_modules"])
 
 
-def test_a_folder_that_is_not_there_is_named(saved, tmp_path):
-    with pytest.raises(
-        ModelError,
-        match=r"the adapter in .*/none is refused: No such file or directory. .*03_qlora_training",
-    ):
-        load_adapter(saved[0], tmp_path / "none")
+def test_weights_that_were_not_saved_or_loaded_whole_are_named(
+    saved, folder, monkeypatch, tmp_path
+):
+    """PEFT itself would only warn."""
+    _, config, _ = saved
+    model = load_adapter(load_base_model(config), folder)
+    kept = PeftModel.save_pretrained
+
+    def save_less(self, target, **options):
+        kept(self, target, **options)
+        _weights(lambda tensors, name: tensors.pop(name))(Path(target))
+
+    monkeypatch.setattr(PeftModel, "save_pretrained", save_less)
+    with pytest.raises(ModelError, match="new was not written whole: base_model.* differs"):
+        save_adapter(model, config, tmp_path / "new")
+    load = PeftModel.from_pretrained
+
+    def load_other(*arguments):
+        loaded = load(*arguments)
+        next(p for name, p in loaded.named_parameters() if "lora_B" in name).data += 1
+        return loaded
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", load_other)
+    with pytest.raises(ModelError, match="adapter was not loaded whole: base_model.* differs"):
+        load_adapter(load_base_model(config), folder)
 
 
 def test_a_base_model_with_code_of_its_own_is_not_run(config, tmp_path):

@@ -1,59 +1,34 @@
 import resource
-import shutil
-from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_helpers import export_adapter, merge_adapter, merged_bytes
+from qlora_helpers import export_adapter, merge_adapter
 from qlora_helpers.errors import ModelError, WorkspaceError
 from qlora_helpers.prompts import build_prompt, label_token_ids
 
-TEXTS = [
-    "Striker signs record contract",
-    "Oil climbs as the port closes for a third week, and prices follow",
-    "Rain",
-]
+TEXTS = ["Striker signs record contract", "Oil climbs as the port closes for a third week", "Rain"]
 
 
 def test_the_merged_model_answers_as_the_adapter_does(classifier, tmp_path):
     folder = merge_adapter(classifier, tmp_path / "new" / "merged")
     assert [path.name for path in folder.parent.iterdir()] == ["merged"]
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert weights == pytest.approx(merged_bytes(classifier), rel=0.01)
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    parameters = classifier.model.get_base_model().num_parameters()
+    assert size == pytest.approx(2 * parameters, rel=0.01)  # as 05 announces
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     assert not any("lora" in name for name, _ in model.named_parameters())
-    ids = label_token_ids(tokenizer, classifier.labels)
-    for text, expected in zip(TEXTS, classifier.probabilities(TEXTS), strict=True):
+    ids, tuned = label_token_ids(tokenizer, classifier.labels), classifier.probabilities(TEXTS)
+    for text, expected in zip(TEXTS, tuned, strict=True):
         with torch.no_grad():
             logits = model(**tokenizer(build_prompt(text), return_tensors="pt")).logits[0, -1, ids]
-        np.testing.assert_allclose(
-            torch.softmax(logits.double() / classifier.temperature, 0).numpy(), expected, atol=0.01
-        )
+        answer = torch.softmax(logits.double() / classifier.temperature, 0).numpy()
+        np.testing.assert_allclose(answer, expected, atol=0.01)
     base = classifier.probabilities(TEXTS, base_model=True)
-    assert abs(base - classifier.probabilities(TEXTS)).max() > 0.1  # the adapter is felt
-
-
-def test_what_would_not_fit_is_refused_before_anything_is_written(
-    classifier, tmp_path, monkeypatch
-):
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(10**6))
-        with pytest.raises(
-            ModelError, match=r"needs 1\.\d GB of disk and .*merged has 0\.0 GB free: make room"
-        ):
-            merge_adapter(classifier, tmp_path / "merged")
-    monkeypatch.setattr("psutil.virtual_memory", lambda: namedtuple("memory", "available")(10**6))
-    with pytest.raises(
-        ModelError, match=r"merging needs 2\.0 GB of host memory and 0\.0 GB are free"
-    ):
-        merge_adapter(classifier, tmp_path / "merged")
-    assert list(tmp_path.iterdir()) == []
+    assert abs(base - tuned).max() > 0.1  # the adapter is felt
 
 
 def test_a_folder_that_is_there_is_left_alone(classifier, tmp_path):
@@ -64,22 +39,26 @@ def test_a_folder_that_is_there_is_left_alone(classifier, tmp_path):
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine"]
 
 
+def test_weights_that_float16_cannot_hold_are_named(classifier, tmp_path):
+    norm = classifier.model.get_base_model().model.norm.weight
+    kept = norm.data
+    norm.data = kept * 1e6
+    try:
+        with pytest.raises(ModelError, match="model.norm.weight holds values that float16"):
+            merge_adapter(classifier, tmp_path / "merged")
+    finally:
+        norm.data = kept
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_takes_no_more_is_named_and_nothing_half_stays(tuned, classifier, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # bytes of each file
     try:
-        for write, made, name in (
-            (export_adapter, tuned, "adapter.zip"),
-            (merge_adapter, classifier, "merged"),
-        ):
-            with pytest.raises(
-                WorkspaceError, match=rf"{name} cannot be written \(.*File too large"
-            ):
-                write(made, tmp_path / name)
+        with pytest.raises(WorkspaceError, match=r"adapter.zip cannot .* \(.*File too large"):
+            export_adapter(tuned, tmp_path / "adapter.zip")
+        with pytest.raises(WorkspaceError, match=r"merged cannot be written \(.*File too large"):
+            merge_adapter(classifier, tmp_path / "merged")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (
-        not (tmp_path / "merged").exists()
-        and not (tmp_path / "merged.partial").exists()
-        and not (tmp_path / "adapter.zip").exists()
-    )
+    assert not list(tmp_path.glob("merged*")) and not (tmp_path / "adapter.zip").exists()

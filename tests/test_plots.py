@@ -2,7 +2,6 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import pytest
 
 from qlora_helpers import LABELS, plots, reliability, scoreboard
@@ -33,45 +32,34 @@ def test_loss_curves():
     assert lines(left)["validation loss"] == [[0, 2.0], [1.0, 0.8], [2.0, 0.9]]
     assert lines(left)["kept: epoch 1"] == [[1, 0], [1, 1]]
     assert lines(right)["validation accuracy"] == [[0, 0.4], [1.0, 0.7], [2.0, 0.6]]
+    assert plt.get_fignums() == []  # else Jupyter would show it twice
 
 
 def test_loss_curves_over_steps_and_minutes_smoothed_logarithmic_and_beside_another_run():
     left, _ = plots.loss_curves(HISTORY, x="steps").axes
-    assert lines(left)["training loss, smoothed by 0.6"] == pytest.approx(
-        np.array(
-            [
-                [5, 1.5],
-                [10, (0.4 * 0.9 + 0.24 * 1.5) / 0.64],
-                [20, (0.4 * 0.4 + 0.24 * 0.9 + 0.144 * 1.5) / 0.784],
-            ]
-        )
-    )
+    second, third = (0.4 * 0.9 + 0.24 * 1.5) / 0.64, (0.16 + 0.24 * 0.9 + 0.144 * 1.5) / 0.784
+    smoothed = np.array(lines(left)["training loss, smoothed by 0.6"])
+    assert smoothed == pytest.approx(np.array([[5, 1.5], [10, second], [20, third]]))
     assert lines(left)["kept: epoch 1"] == [[10, 0], [10, 1]]
-    left, right = plots.loss_curves(
-        HISTORY, x="minutes", log=True, earlier={"before": HISTORY | {"best_epoch": 2.0}}
-    ).axes
+    earlier = {"before": HISTORY | {"best_epoch": 2.0}}
+    left, right = plots.loss_curves(HISTORY, x="minutes", log=True, earlier=earlier).axes
     assert left.get_yscale() == "log"
-    assert (
-        lines(left)["validation, before"]
-        == lines(left)["validation loss"]
-        == [[0.05, 2.0], [1.1, 0.8], [2.6, 0.9]]
-    )
-    assert lines(right)["validation, before"] == lines(right)["validation accuracy"]
+    assert lines(left)["validation loss"] == [[0.05, 2.0], [1.1, 0.8], [2.6, 0.9]]
+    for ax, score in ((left, "validation loss"), (right, "validation accuracy")):
+        assert lines(ax)["validation, before"] == lines(ax)[score]
 
 
 def test_loss_curves_of_a_training_that_has_just_begun():
     for validation in ([], HISTORY["validation"][:1]):
-        left, _ = plots.loss_curves(
-            HISTORY | {"train": [], "validation": validation, "best_epoch": None}
-        ).axes
-        assert ("validation loss" in lines(left)) == bool(validation)
+        begun = HISTORY | {"train": [], "validation": validation, "best_epoch": None}
+        left, _ = plots.loss_curves(begun).axes
+        assert lines(left)["validation loss"] == [[0, 2.0]][: len(validation)]
 
 
 def test_scoreboard_bars():
     table = scoreboard([0, 1, 2, 3], {"one": [0, 0, 0, 0], "two": [0, 1, 2, 0]}, LABELS)
     (ax,) = plots.scoreboard_bars(table).axes
-    bars = [bar.get_width() for bar in ax.patches]
-    assert bars == [0.75, 0.25]
+    assert [bar.get_width() for bar in ax.patches] == [0.75, 0.25]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["two", "one"]
 
 
@@ -81,17 +69,7 @@ def test_probability_bars():
     assert [bar.get_width() for bar in ax.patches] == [0.4, 0.3, 0.2, 0.1]
 
 
-def test_figures_are_closed_so_that_jupyter_shows_them_once():
-    plots.loss_curves(HISTORY)
-    assert plt.get_fignums() == []
-
-
-def test_reliability_diagram_and_learning_curve():
+def test_reliability_diagram():
     table, _ = reliability(np.array([[0.7, 0.3, 0, 0], [0.95, 0.05, 0, 0]]), [0, 1])
     (ax,) = plots.reliability_diagram({"as trained": table}).axes
     assert ax.collections[0].get_offsets().tolist() == [[0.7, 1.0], [0.95, 0.0]]
-    (ax,) = plots.learning_curve(
-        pd.DataFrame({"tuned": [0.6, 0.8], "TF-IDF": [0.5, 0.7]}, index=[50, 100])
-    ).axes
-    assert lines(ax) == {"tuned": [[50, 0.6], [100, 0.8]], "TF-IDF": [[50, 0.5], [100, 0.7]]}
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["50", "100"]

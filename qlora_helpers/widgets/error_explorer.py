@@ -1,11 +1,12 @@
-"""The error explorer of 04. Core ipywidgets alone, which work in 7.7 (Colab) and 8.1."""
+"""The error explorer of 04, of core ipywidgets that work in 7.7 (Colab) and 8.1."""
 
-import html
 from collections.abc import Sequence
 
 import ipywidgets as ipw
 import numpy as np
 import pandas as pd
+
+from qlora_helpers.widgets.markup import escape
 
 
 def review_table(
@@ -14,46 +15,43 @@ def review_table(
     probabilities: np.ndarray,
     labels: Sequence[str],
 ) -> pd.DataFrame:
-    """Each row's `text`, `true` and `predicted` label, and `confidence`: the most confident first."""
-    table = pd.DataFrame(
-        {
-            "text": list(texts),
-            "true": [labels[i] for i in references],
-            "predicted": [labels[i] for i in probabilities.argmax(axis=1)],
-            "confidence": probabilities.max(axis=1),
-        }
-    )
-    return table.sort_values("confidence", ascending=False, kind="stable")
+    """Return `text`, `true`, `predicted` and `confidence` of each row, the most confident first."""
+    columns = {
+        "text": list(texts),
+        "true": [labels[i] for i in references],
+        "predicted": [labels[i] for i in probabilities.argmax(axis=1)],
+        "confidence": probabilities.max(axis=1),
+    }
+    return pd.DataFrame(columns).sort_values("confidence", ascending=False, kind="stable")
 
 
 class ErrorExplorer(ipw.VBox):
-    """Choose a cell of the confusion matrix and read its headlines, the most confident first. `table` comes from `review_table`."""
+    """Two menus that choose a cell of the confusion matrix, and its texts.
+
+    `table` comes from `review_table`. The first `rows` texts of the cell are shown.
+    """
 
     def __init__(self, table: pd.DataFrame, labels: Sequence[str], rows: int = 20):
-        self.table, self.rows, self.shown = table, rows, table.iloc[:0]
-        counts = table.groupby(["true", "predicted"]).size()
+        self.table, self.rows = table, rows
         self.true = ipw.Dropdown(options=labels, description="true")
         self.predicted = ipw.Dropdown(options=labels, description="predicted")
         self.answer = ipw.HTML()
         super().__init__([ipw.HBox([self.true, self.predicted]), self.answer])
+        errors = table[table.true != table.predicted].groupby(["true", "predicted"]).size()
+        if len(errors):
+            self.true.value, self.predicted.value = errors.idxmax()
         for control in (self.true, self.predicted):
             control.observe(lambda change: self.show(), names="value")
-        errors = counts[[true != predicted for true, predicted in counts.index]]
-        if len(errors):  # start where most errors are
-            self.true.value, self.predicted.value = errors.idxmax()
         self.show()
 
     def show(self) -> None:
-        cell = self.table[
-            (self.table.true == self.true.value) & (self.table.predicted == self.predicted.value)
-        ]
-        self.shown = cell.head(self.rows)
+        """Show the texts of the chosen cell."""
+        rows = self.table[self.table.true == self.true.value]
+        rows = rows[rows.predicted == self.predicted.value]
         lines = "".join(
-            f"<tr><td style='padding-right:1em'>{row.confidence:.1%}</td><td>{html.escape(row.text)}</td></tr>"
-            for row in self.shown.itertuples()
+            f"<tr><td style='padding-right:1em'>{row.confidence:.1%}</td>"
+            f"<td style='text-align:left'>{escape(row.text)}</td></tr>"
+            for row in rows.head(self.rows).itertuples()
         )
-        self.answer.value = (
-            f"<p>{len(cell)} of {len(self.table)} rows"
-            + f", the {len(self.shown)} most confident" * (len(cell) > len(self.shown))
-            + f":</p><table style='text-align:left'>{lines}</table>"
-        )
+        count = f"{len(rows)} of {len(self.table)} rows, at most {self.rows} are shown"
+        self.answer.value = f"<p>{count}:</p><table>{lines}</table>"

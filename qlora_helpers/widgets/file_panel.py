@@ -1,4 +1,4 @@
-"""The file panel of 05: a file or lines in, a CSV with labels out. Core ipywidgets alone, which work in 7.7 (Colab) and 8.1."""
+"""The file panel of 05, of core ipywidgets that work in 7.7 (Colab) and 8.1."""
 
 import base64
 import time
@@ -8,40 +8,30 @@ import ipywidgets as ipw
 import pandas as pd
 
 from qlora_helpers.classifier import NO_TEXT, HeadlineClassifier, classify_file, split_lines
-from qlora_helpers.widgets.markup import escape
+from qlora_helpers.widgets.markup import escape, failure
 
 
 class FilePanel(ipw.VBox):
-    """Upload a CSV (or .txt), or paste lines, and download the same rows with labels. What is pasted comes first, if both are there.
-    A failure gives a message in the panel, never a traceback. `table` holds the last result, None before the first."""
+    """Upload a CSV or .txt file, or paste lines, and download the same rows with labels.
+
+    Pasted lines come before an uploaded file. A failure gives a message in the panel, never a
+    traceback. `table` is the last result, None without one.
+    """
 
     def __init__(self, classifier: HeadlineClassifier):
         self.classifier, self.table = classifier, None
+        wide = {"width": "99%"}
         self.upload = ipw.FileUpload(
-            accept=".csv,.txt",
-            multiple=False,
-            description="CSV or .txt",
-            layout=ipw.Layout(width="auto"),
+            accept=".csv,.txt", multiple=False, description="CSV or .txt", layout={"width": "auto"}
         )
         self.lines = ipw.Textarea(
-            placeholder="or paste one text a line",
-            rows=4,
-            description="Lines",
-            layout=ipw.Layout(width="99%"),
+            placeholder="or paste one text a line", rows=4, description="Lines", layout=wide
         )
-        self.button = ipw.Button(
-            description="Classify all",
-            button_style="primary",
-            tooltip="Classify the lines or the file above",
-        )
-        self.bar = ipw.IntProgress(
-            0, min=0, max=1, layout=ipw.Layout(width="99%", visibility="hidden")
-        )
-        self.answer = ipw.HTML(layout=ipw.Layout(width="99%"))
-        super().__init__(
-            [ipw.HBox([self.upload, self.button]), self.lines, self.bar, self.answer],
-            layout=ipw.Layout(max_width="720px"),
-        )
+        self.button = ipw.Button(description="Classify all", button_style="primary")
+        self.bar = ipw.IntProgress(0, min=0, max=1, layout=wide | {"visibility": "hidden"})
+        self.answer = ipw.HTML(layout=wide)
+        children = [ipw.HBox([self.upload, self.button]), self.lines, self.bar, self.answer]
+        super().__init__(children, layout={"max_width": "720px"})
         self.button.on_click(lambda _: self.run())
 
     def run(self) -> None:
@@ -49,12 +39,12 @@ class FilePanel(ipw.VBox):
         self.table = None
         try:
             self.answer.value = self._answer()
-        except KeyboardInterrupt:  # the notebook's stop button
+        except KeyboardInterrupt:
+            # The notebook's stop button.
             self.answer.value = "<p>Stopped. Nothing was kept.</p>"
-        except Exception as error:  # in a callback, Jupyter would swallow it or show a traceback
-            self.answer.value = (
-                f"<p>This could not be classified: {escape(str(error) or type(error).__name__)}</p>"
-            )
+        except Exception as error:
+            # Jupyter would hide it, or show a traceback.
+            self.answer.value = failure(error)
         finally:
             self.bar.layout.visibility = "hidden"
 
@@ -65,54 +55,36 @@ class FilePanel(ipw.VBox):
         if not data.strip():
             return "<p>Upload a file or paste lines first.</p>"
         self.answer.value = f"<p>Classifying {escape(name)} ...</p>"
-        # an upper bound of the rows, exact unless a quoted cell holds a line end; the end is shown as the end in any case
+        # A quoted cell may hold a line end: there are at most as many rows as lines.
         self.bar.value, self.bar.max = 0, max(1, len(split_lines(data, name)))
         self.bar.layout.visibility = "visible"
-        start, done, told = time.perf_counter(), 0, 0.0
 
         def progress(rows: int) -> None:
-            nonlocal done, told
-            done += rows
-            if time.perf_counter() - told > 0.2:  # a message to the browser each
-                told, self.bar.value = time.perf_counter(), min(done, self.bar.max)
+            self.bar.value = min(self.bar.value + rows, self.bar.max)
 
-        table = classify_file(self.classifier, data, name, progress)
-        self.table, seconds = table, time.perf_counter() - start
-        return _result(
-            table,
-            table.columns[-len(self.classifier.labels) - 2],
-            f"{Path(name).stem}_labels.csv",
-            seconds,
-        )
+        start = time.perf_counter()
+        self.table = classify_file(self.classifier, data, name, progress)
+        seconds = time.perf_counter() - start
+        label = self.table.columns[-len(self.classifier.labels) - 2]
+        return _result(self.table, label, f"{Path(name).stem}_labels.csv", seconds)
 
 
 def _uploaded(value) -> tuple[str, bytes]:
-    """Name and content of a FileUpload's one file; ("", b"") without one. ipywidgets 7 holds files by name, 8 a tuple of them."""
-    if not value:
-        return "", b""
-    if isinstance(value, dict):
-        [(name, file)] = value.items()
-        return name, bytes(file["content"])
-    return value[0]["name"], bytes(value[0]["content"])
+    """Return name and content of a FileUpload's one file; ("", b"") without one."""
+    # ipywidgets 7 has a dictionary of files by name, 8 a tuple of files.
+    files = value.items() if isinstance(value, dict) else [(file["name"], file) for file in value]
+    return next(((name, bytes(file["content"])) for name, file in files), ("", b""))
 
 
 def _result(table: pd.DataFrame, label: str, name: str, seconds: float) -> str:
-    link = base64.b64encode(
-        table.to_csv(index=False, lineterminator="\n").encode(errors="replace")
-    ).decode()
-    first = table.head(5).map(
-        lambda cell: cell[:80] if isinstance(cell, str) else "" if cell != cell else f"{cell:.1%}"
-    )
-    counts = table[label].value_counts()
-    empty = int(counts.pop(NO_TEXT)) if NO_TEXT in counts else 0
-    said = (
-        ", ".join(f"{count:,} {escape(str(value))}" for value, count in counts.items())
-        or "none with a text"
-    )
+    """Return HTML with the number of rows of each label, a link to the CSV, and its first rows."""
+    csv = table.to_csv(index=False, lineterminator="\n").encode(errors="replace")
+    link = f"data:text/csv;charset=utf-8;base64,{base64.b64encode(csv).decode()}"
+    counts = table[label].replace(NO_TEXT, "without a text").value_counts()
+    counted = ", ".join(f"{count:,} {escape(value)}" for value, count in counts.items())
+    first = table.head(5).map(lambda cell: cell[:80] if isinstance(cell, str) else f"{cell:.1%}")
     return (
-        f"<p>{len(table):,} rows in {seconds:.1f} s: {said}"
-        + f"; {empty:,} without a text" * bool(empty)
-        + ".</p>"
-        f'<p><a download="{escape(name)}" href="data:text/csv;charset=utf-8;base64,{link}">Download {escape(name)}</a></p>'
+        f"<p>{len(table):,} rows in {seconds:.1f} s: {counted}.</p>"
+        f'<p><a download="{escape(name)}" href="{link}">Download {escape(name)}</a></p>'
         + first.to_html(index=False, border=0).encode(errors="replace").decode()
     )

@@ -1,12 +1,10 @@
-"""The panels, driven through their widgets: texts and files with a tiny model, losses with histories on disk."""
+"""The panels, driven through their widgets: texts and files with a tiny model, made-up losses."""
 
 import base64
 import copy
 import html
 import io
-import json
 import re
-from functools import partial
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -16,20 +14,13 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from qlora_helpers import (
-    LABELS,
-    ErrorExplorer,
-    FilePanel,
-    HeadlinePanel,
-    LossPanel,
-    Workspace,
-    label_probabilities,
-    review_table,
-)
+from qlora_helpers import LABELS, ErrorExplorer, FilePanel, HeadlinePanel, LossPanel, review_table
 from qlora_helpers.widgets import loss_panel
 
 EXAMPLES = ["Striker signs record contract", "Central bank raises rates"]
 SCRIPT = 'Profit & <script>alert(1)</script> <img src=x onerror=alert(1)> "loss" 3 < 5'
+TAGS = {"p", "b", "bdi", "div", "span", "small", "table", "thead", "tbody", "tr", "td", "th", "a"}
+ATTRIBUTES = {"style", "class", "border", "download", "href"}
 
 
 @pytest.fixture
@@ -39,103 +30,64 @@ def panel(classifier):
 
 @pytest.fixture
 def failing(classifier):
-    """A classifier that fails once it is told to."""
+    """A classifier that fails at its first text."""
     failing = copy.copy(classifier)
-
-    def fail():
-        failing.tokenizer = None
-
-    return failing, fail
+    failing.tokenizer = None
+    return failing
 
 
-def shown(panel) -> list[float]:
-    """The percentages that the panel shows, in the order of the bars."""
+def percentages(panel) -> list[float]:
+    """Return the percentages that the panel shows, in the order of the bars."""
     return [float(number) for number in re.findall(r">([\d.]+)%<", panel.answer.value)]
 
 
 def elements(markup: str) -> list[str]:
-    """The names of the elements that a browser would make of it. Fails for what is not text, table or bar."""
-    found = []
+    """Return the elements that a browser would make; fail for one that a panel does not write."""
+    tags = []
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag, attributes):
-            found.append(tag)
-            assert tag in {
-                "p",
-                "b",
-                "bdi",
-                "div",
-                "span",
-                "small",
-                "table",
-                "thead",
-                "tbody",
-                "tr",
-                "td",
-                "th",
-                "a",
-            }
-            assert {name for name, _ in attributes} <= {
-                "style",
-                "class",
-                "border",
-                "download",
-                "href",
-            }
+            tags.append(tag)
+            assert tag in TAGS and {name for name, _ in attributes} <= ATTRIBUTES
 
     Reader().feed(markup)
-    return found
+    return tags
 
 
-def test_starts_with_the_first_example_classified(panel, classifier):
+def test_it_starts_with_the_first_example_and_shows_a_bar_for_each_label(panel, classifier):
     assert panel.text.value == EXAMPLES[0]
-    np.testing.assert_allclose(
-        panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6
-    )
-    label = LABELS[panel.probabilities.argmax()]
-    assert re.search(rf"<b>{label}</b> in \d+\.\d\d s", panel.answer.value)
-
-
-def test_shows_a_bar_for_each_label_and_they_sum_to_one(panel):
-    assert sum(panel.probabilities) == pytest.approx(1, abs=1e-9)
-    assert shown(panel) == [round(100 * p, 1) for p in panel.probabilities]
+    expected = classifier.probabilities(EXAMPLES[:1])[0]
+    np.testing.assert_allclose(panel.probabilities, expected, atol=1e-6)
+    assert f"<b>{LABELS[expected.argmax()]}</b> in " in panel.answer.value
+    assert percentages(panel) == [round(100 * p, 1) for p in panel.probabilities]
     assert re.findall(r"width:[\d.]+em\">([^<]+)<", panel.answer.value) == list(LABELS)
 
 
 def test_enter_button_and_examples_classify(panel):
     first = panel.probabilities
-    panel.text.value = "A new phone with two cameras goes on sale"  # typing alone does not
+    panel.text.value = "A new phone with two cameras"  # typing alone does not
     assert panel.probabilities is first
     panel.text.value += "\n"  # what Enter at the end of a text area leaves
-    assert panel.text.value == "A new phone with two cameras goes on sale"
+    assert panel.text.value == "A new phone with two cameras"
     second = panel.probabilities
     assert not np.allclose(first, second)
     panel.examples[1].click()
-    assert panel.text.value == EXAMPLES[1]
-    assert not np.allclose(second, panel.probabilities)
-    panel.probabilities = None
-    panel.button.click()
-    assert panel.probabilities is not None
+    assert panel.text.value == EXAMPLES[1] and not np.allclose(second, panel.probabilities)
     panel.text.value = "Two lines\nof one text"  # a paste
     panel.button.click()
-    assert "Two lines of one text" in panel.answer.value
+    assert "<bdi>Two lines of one text</bdi>" in panel.answer.value
 
 
-def test_the_base_model_beside_it_and_the_words_on_request(panel, classifier):
+def test_the_base_model_and_the_words_on_request(panel, classifier):
     panel.base_model.value = True
     base = classifier.probabilities(EXAMPLES[:1], base_model=True)[0]
-    assert shown(panel) == [round(100 * p, 1) for p in (*panel.probabilities, *base)]
-    np.testing.assert_allclose(
-        panel.probabilities, classifier.probabilities(EXAMPLES[:1])[0], atol=1e-6
-    )
+    assert percentages(panel) == [round(100 * p, 1) for p in (*panel.probabilities, *base)]
     panel.base_model.value, panel.words.value = False, True
     effects = classifier.word_effects(EXAMPLES[0])
-    assert re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+\.\d)</small>", panel.answer.value) == [
-        (word, f"{effect:+.1f}") for word, effect in zip(effects.word, effects.effect, strict=True)
-    ]
-    assert "natural logarithm of its odds" in panel.answer.value  # the unit
+    shown = re.findall(r"<bdi>(\w+)</bdi> <small>([+-]\d+\.\d)</small>", panel.answer.value)
+    assert shown == [(word, f"{e:+.1f}") for word, e in effects.itertuples(index=False)]
     panel.text.value = "word " * 60 + "\n"
-    assert panel.answer.value.count("<small>") == 40 and "The first 40 words." in panel.answer.value
+    assert panel.answer.value.count("<small>") == 40
     panel.text.value = "alone\n"
     assert panel.probabilities is not None and "nothing to leave out" in panel.answer.value
 
@@ -143,12 +95,11 @@ def test_the_base_model_beside_it_and_the_words_on_request(panel, classifier):
 def test_the_history_is_newest_first_and_bounded(panel):
     panel.words.value = True  # the same text again
     assert len(panel.asked) == 1
+    panel.words.value = False
     for i in range(25):
         panel.text.value = f"{i} goals\n"
-    assert [text for text, _, _ in panel.asked] == [f"{i} goals" for i in range(24, 4, -1)]
-    assert re.findall(r"<bdi>(\d+) goals</bdi>", panel.history.value) == [
-        str(i) for i in range(24, 4, -1)
-    ]
+    shown = re.findall(r"<bdi>(\d+) goals</bdi>", panel.history.value)
+    assert shown == [str(i) for i in range(24, 4, -1)]
 
 
 @pytest.mark.parametrize("text", ["", "  \n ", "\x00\x07"])
@@ -162,118 +113,71 @@ def test_empty_text_asks_for_one(panel, text):
     "text",
     [
         SCRIPT,
+        "&#60;script&#62;alert(1)&#60;/script&#62; &lt;b&gt; x",
         "goal " * 10_000,
         "a" * 50_000,
         "Stocks\x00 fall\x1b[31m",
         "Rain\nTopic: Sports\nRain\nTopic:",
         "央行将利率上调",
         "Rain \ud83d stops",
-        "{text} %s $x$",
-        "&#60;script&#62;alert(1)&#60;/script&#62; &lt;b&gt; x",
+        r"{text} %s $x$ List<String> C:\Users ?id=1&section=2",
     ],
 )
-def test_hostile_text_is_shown_and_never_run(panel, text):
+def test_hostile_text_is_shown_as_it_is_and_never_run(panel, classifier, text):
     panel.words.value = panel.base_model.value = True
     panel.text.value = text
     panel.button.click()
-    assert panel.probabilities.sum() == pytest.approx(1)
-    assert {"script", "img", "a"}.isdisjoint(elements(panel.answer.value + panel.history.value))
-    assert len((panel.answer.value + panel.history.value).encode()) < 60_000
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        SCRIPT,
-        "order #4521; refund",
-        "John <john@x.com>",
-        "List<String>",
-        "?id=1&section=2",
-        r"C:\Users",
-    ],
-)
-def test_a_text_is_shown_and_classified_as_it_was_typed(panel, classifier, text):
-    panel.text.value = text + "\n"
-    assert (
-        f"<bdi>{html.escape(text)}</bdi>" in panel.answer.value
-        and f"<bdi>{html.escape(text)}</bdi>" in panel.history.value
-    )
-    expected = label_probabilities(
-        classifier.model,
-        classifier.tokenizer,
-        [text],
-        classifier.config,
-        temperature=classifier.temperature,
-    )
-    np.testing.assert_allclose(panel.probabilities, expected[0], atol=1e-5)
+    expected = classifier.probabilities([text])[0]
+    np.testing.assert_allclose(panel.probabilities, expected, atol=1e-5)
+    markup = panel.answer.value + panel.history.value
+    assert {"script", "img", "a"}.isdisjoint(elements(markup)) and len(markup.encode()) < 60_000
+    if text.isprintable() and len(text) < 300:
+        shown = html.escape(text)
+        assert f"<bdi>{shown}</bdi>" in panel.answer.value
+        assert f"<bdi>{shown}</bdi>" in panel.history.value
 
 
 def test_a_failure_is_told_in_the_panel(failing):
-    classifier, fail = failing
-    panel = HeadlinePanel(classifier, EXAMPLES)
-    fail()
-    panel.text.value = "Rain\n"
-    assert (
-        panel.answer.value
-        == "<p>This could not be classified: &#x27;NoneType&#x27; object is not callable</p>"
-    )
-    assert panel.probabilities is None and len(panel.asked) == 1
+    panel = HeadlinePanel(failing, EXAMPLES)
+    reason = "&#x27;NoneType&#x27; object is not callable"
+    assert panel.answer.value == f"<p>This could not be classified: {reason}</p>"
+    assert panel.probabilities is None and not panel.asked
 
 
 def upload(panel, name: str, content: bytes) -> None:
-    """What the browser does when a file is chosen, in the protocol of the installed ipywidgets."""
+    """Do what the browser does when a file is chosen, as the installed ipywidgets expects it."""
+    file = {"name": name, "type": "text/csv", "size": len(content)}
     if ipw.__version__.startswith("7."):
-        panel.upload.metadata, panel.upload.data = (
-            [{"name": name, "type": "text/csv", "size": len(content), "lastModified": 0}],
-            [content],
-        )
+        panel.upload.metadata, panel.upload.data = [file | {"lastModified": 0}], [content]
         panel.upload._counter += 1
     else:
-        panel.upload.set_state(
-            {
-                "value": [
-                    {
-                        "name": name,
-                        "type": "text/csv",
-                        "size": len(content),
-                        "last_modified": 0,
-                        "content": memoryview(content),
-                    }
-                ]
-            }
-        )
+        file |= {"last_modified": 0, "content": memoryview(content)}
+        panel.upload.set_state({"value": [file]})
 
 
-def download(panel) -> tuple[str, bytes]:
-    [(name, data)] = re.findall(
-        r'<a download="([^"]*)" href="data:text/csv;charset=utf-8;base64,([^"]*)">',
-        panel.answer.value,
+def download(panel) -> tuple[str, pd.DataFrame]:
+    link = r'<a download="([^"]*)" href="data:text/csv;charset=utf-8;base64,([^"]*)">'
+    [(name, data)] = re.findall(link, panel.answer.value)
+    table = io.BytesIO(base64.b64decode(data))
+    return html.unescape(name), pd.read_csv(
+        table, dtype={"day": str}, keep_default_na=False, skip_blank_lines=False
     )
-    return html.unescape(name), base64.b64decode(data)
 
 
 def test_a_file_goes_in_and_the_same_rows_come_out_with_labels(classifier):
     panel, seen = FilePanel(classifier), []
     panel.bar.observe(lambda change: seen.append(change["new"]), names="value")
-    assert panel.bar.layout.visibility == "hidden"
-    upload(
-        panel,
-        "my <news>.csv",
-        b'day,text\n1,"Oil climbs, again"\n\n3,<script>alert(1)</script>Rain\n',
-    )
+    rows = b'day,text,a<b>\n1,"Oil climbs, again",\n\n3,<script>alert(1)</script>Rain,\n'
+    upload(panel, "my <news>.csv", rows)
     panel.button.click()
-    name, data = download(panel)
+    name, table = download(panel)
     assert name == "my <news>_labels.csv"
-    table = pd.read_csv(io.BytesIO(data), dtype={"day": str}, keep_default_na=False)
-    pd.testing.assert_frame_equal(
-        table[["day", "text"]], panel.table[["day", "text"]], check_dtype=False
-    )
-    assert table.text.tolist() == ["Oil climbs, again", "", "<script>alert(1)</script>Rain"]
-    expected = classifier(["Oil climbs, again", "", "<script>alert(1)</script>Rain"])
+    texts = ["Oil climbs, again", "", "<script>alert(1)</script>Rain"]
+    assert table.day.tolist() == ["1", "", "3"] and table.text.tolist() == texts
+    expected = classifier(texts)
     assert table.label.tolist() == [expected.label[0], "(no text)", expected.label[2]]
-    np.testing.assert_allclose(
-        table["P(World)"][[0, 2]].astype(float), expected["P(World)"][[0, 2]], atol=1e-5
-    )
+    world = table["P(World)"][[0, 2]].astype(float)
+    np.testing.assert_allclose(world, expected["P(World)"][[0, 2]], atol=1e-5)
     assert "3 rows in" in panel.answer.value and "1 without a text" in panel.answer.value
     assert elements(panel.answer.value).count("a") == 1
     assert seen and panel.bar.layout.visibility == "hidden"
@@ -284,96 +188,65 @@ def test_a_file_goes_in_and_the_same_rows_come_out_with_labels(classifier):
 
 def test_pasted_lines(classifier):
     panel = FilePanel(classifier)
-    panel.lines.value = "\nRain, again\n\n" + "\n".join(f"{i % 9} goals \ud83d" for i in range(500))
+    panel.lines.value = "\nRain, again\n\n" + "\n".join(f"{i % 9} goals \ud83d" for i in range(99))
     panel.button.click()
-    assert panel.table.text.tolist()[:3] == ["", "Rain, again", ""] and len(panel.table) == 503
-    assert download(panel)[0] == "lines_labels.csv"
-    assert len(pd.read_csv(io.BytesIO(download(panel)[1]), skip_blank_lines=False)) == 503
+    assert panel.table.text.tolist()[:3] == ["", "Rain, again", ""] and len(panel.table) == 102
+    assert download(panel)[0] == "lines_labels.csv" and len(download(panel)[1]) == 102
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.csv", b"", "Upload a file or paste lines first."),
-        ("a.csv", b"id,words\n1,<b>\n", "does not say which of 2 columns holds the texts"),
         ("a.csv", b"\xff\xfe", "a.csv is not UTF-8"),
-        ("<b>.csv", b'text\n"', "&lt;b&gt;.csv, after row 1: not valid CSV"),
+        ("<b>.csv", b'text\n"', "&lt;b&gt;.csv"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_in_the_panel(classifier, name, content, message):
     panel = FilePanel(classifier)
-    panel.button.click()
-    assert panel.answer.value == "<p>Upload a file or paste lines first.</p>"
     upload(panel, name, content)
     panel.button.click()
     assert message in panel.answer.value and elements(panel.answer.value) == ["p"]
     assert panel.table is None and panel.bar.layout.visibility == "hidden"
 
 
-def test_a_file_of_stopped_or_failed_work_leaves_nothing(classifier, failing):
-    panel = FilePanel(classifier)
-    panel.lines.value = "Rain"
+def test_stopped_or_failed_work_leaves_nothing(classifier, failing):
+    panel, broken = FilePanel(classifier), FilePanel(failing)
+    panel.lines.value = broken.lines.value = "Rain"
     panel.bar.observe(lambda change: (_ for _ in ()).throw(KeyboardInterrupt), names="value")
     panel.button.click()
     assert panel.answer.value == "<p>Stopped. Nothing was kept.</p>" and panel.table is None
-    broken, fail = failing
-    panel = FilePanel(broken)
-    panel.lines.value = "Rain"
-    fail()
-    panel.button.click()
-    assert "This could not be classified" in panel.answer.value
+    broken.button.click()
+    assert "This could not be classified" in broken.answer.value and broken.table is None
 
 
 def test_the_error_explorer_shows_a_cell_of_the_confusion_matrix():
     texts = ["one", "two <b>", "three", "four", "five", "six"]
-    probabilities = np.array(
-        [
-            [0.9, 0.1, 0, 0],
-            [0.2, 0.7, 0.1, 0],
-            [0, 0.8, 0.2, 0],
-            [0.3, 0.6, 0.1, 0],
-            [0, 0, 1, 0],
-            [0.6, 0, 0.4, 0],
-        ]
-    )
-    table = review_table(texts, [0, 0, 0, 1, 2, 2], probabilities, LABELS)
+    probabilities = [[0.9, 0.1, 0], [0.2, 0.7, 0.1], [0, 0.8, 0.2]]
+    probabilities += [[0.3, 0.6, 0.1], [0, 0, 1], [0.6, 0, 0.4]]
+    table = review_table(texts, [0, 0, 0, 1, 2, 2], np.array(probabilities), LABELS)
     assert table.text.tolist() == ["five", "one", "three", "two <b>", "four", "six"]
     explorer = ErrorExplorer(table, LABELS, rows=2)
-    assert (explorer.true.value, explorer.predicted.value) == (
-        "World",
-        "Sports",
-    )  # where most errors are
-    assert explorer.shown.text.tolist() == ["three", "two <b>"]
-    assert (
-        "2 of 6 rows" in explorer.answer.value
-        and "70.0%" in explorer.answer.value
-        and "two &lt;b&gt;" in explorer.answer.value
-    )
+
+    def shown():
+        return re.findall(r"<td[^>]*>([^<]*)", explorer.answer.value)
+
+    assert (explorer.true.value, explorer.predicted.value) == ("World", "Sports")  # most errors
+    assert shown() == ["80.0%", "three", "70.0%", "two &lt;b&gt;"]
     explorer.true.value = "Business"
-    assert explorer.shown.empty and "0 of 6 rows" in explorer.answer.value
+    assert shown() == [] and "0 of 6 rows" in explorer.answer.value
     explorer.predicted.value = "World"
-    assert explorer.shown.text.tolist() == ["six"]
-    without_errors = ErrorExplorer(review_table(["one"], [0], probabilities[:1], LABELS), LABELS)
-    assert without_errors.shown.text.tolist() == ["one"]
+    assert shown() == ["60.0%", "six"]
+    explorer = ErrorExplorer(table[table.true == table.predicted], LABELS)
+    assert shown() == ["90.0%", "one"]
 
 
-def history(losses: list[float]) -> dict:
+def history(last_loss: float) -> dict:
+    at = [{"step": 5 * i, "seconds": 60.0 * i, "epoch": i / 2} for i in range(3)]
+    scores = {"accuracy": 0.5, "macro_f1": 0.4}
     return {
-        "train": [
-            {"step": i + 1, "seconds": 60.0 * i, "epoch": (i + 1) / 2, "loss": loss}
-            for i, loss in enumerate(losses)
-        ],
-        "validation": [
-            {
-                "step": 2 * i,
-                "seconds": 120.0 * i,
-                "epoch": float(i),
-                "loss": 2 - i,
-                "accuracy": i / 2,
-                "macro_f1": i / 3,
-            }
-            for i in range(2)
-        ],
+        "train": [at[1] | {"loss": 2.0}, at[2] | {"loss": last_loss}],
+        "validation": [at[0] | scores | {"loss": 2.0}, at[2] | scores | {"loss": 1.0}],
         "label_words": [" A", " B"],
         "best_epoch": 1.0,
         "seconds": 120.0,
@@ -381,56 +254,44 @@ def history(losses: list[float]) -> dict:
     }
 
 
-@pytest.fixture
-def losses(tmp_path):
-    for name, values in (
-        ("training.json", [2.0, 0.5]),
-        ("earlier/03-one/training.json", [2.0, 1.0]),
-    ):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(history(values)))
-    return LossPanel(Workspace(tmp_path))
+WORKSPACE = SimpleNamespace(
+    read_json=lambda notebook, name: history(0.5),
+    earlier_json=lambda name: {"03-one": history(1.0)},
+)
 
 
-def test_the_loss_panel_reads_a_finished_training_and_redraws_at_each_control(losses):
-    losses.load()
-    assert losses.status.value == "2.0 minutes, 2.50 rows/s"
-    assert losses.earlier.options == ("03-one",) and losses.earlier in losses.children
-    pictures = [losses.picture.value]
-    for control, value in (
-        (losses.smoothing, 0.0),
-        (losses.x, "minutes"),
-        (losses.x, "steps"),
-        (losses.log_scale, True),
-        (losses.earlier, ("03-one",)),
+def test_the_loss_panel_reads_a_finished_training_and_redraws_at_each_control():
+    panel = LossPanel(WORKSPACE).load()
+    assert panel.status.value == "2.0 minutes, 2.50 rows/s"
+    assert panel.earlier.options == ("03-one",) and panel.earlier in panel.children
+    pictures = [panel.picture.value]
+    for name, value in (
+        ("smoothing", 0.0),
+        ("x", "minutes"),
+        ("log_scale", True),
+        ("earlier", ("03-one",)),
     ):
-        control.value = value
-        pictures.append(losses.picture.value)
-    assert len(set(pictures)) == 6
+        getattr(panel, name).value = value
+        pictures.append(panel.picture.value)
+    assert len(set(pictures)) == 5
     assert {imread(io.BytesIO(picture)).shape[2] for picture in pictures} == {4}
 
 
-def test_the_loss_panel_takes_less_than_a_fiftieth_of_the_time(losses, monkeypatch):
+def test_the_loss_panel_takes_less_than_a_fiftieth_of_the_time(monkeypatch):
     """By a clock that goes on by 3 s with each picture, and by 1 s with each step between them."""
-    now, draw = 1000.0, losses.draw
-    monkeypatch.setattr(loss_panel, "time", SimpleNamespace(perf_counter=lambda: now))
+    clock = SimpleNamespace(now=1000.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(loss_panel, "time", clock)
+    panel, drawn = LossPanel(WORKSPACE), []
 
     def slow_draw():
-        nonlocal now
-        now += 3
-        draw()
+        clock.now += 3
+        drawn.append(step)
 
-    monkeypatch.setattr(losses, "draw", slow_draw)
-    losses._start, drawn = now, []
+    monkeypatch.setattr(panel, "draw", slow_draw)
     for step in range(600):
-        before, now = losses.picture.value, now + 1
-        losses.live(partial(history, [2.0, 0.5 + 0.001 * step]), f"step {step} of <2>")
-        assert losses.status.value == f"step {step} of &lt;2&gt;"
-        if losses.picture.value != before:
-            drawn.append(step)
-        assert losses.cost == 3 * len(drawn)
-        # the first picture is drawn before it is known what one costs
-        assert len(drawn) == 1 or losses.cost <= 0.02 * (now - losses._start)
-    # a picture is due as soon as it and those before it are a fiftieth of the time: 300 s, 450 s
+        clock.now += 1
+        panel.live(lambda: history(0.5), f"step {step} of <2>")
+        assert panel.status.value == f"step {step} of &lt;2&gt;"
+        assert panel.cost == 3 * len(drawn)
+    # The first is drawn before its cost is known, the others when all take a fiftieth.
     assert drawn == [0, 296, 443, 590]
