@@ -1,5 +1,5 @@
 """A run and its copy on Google Drive: a Drive that fails in any way costs a line, never the run, and nothing that was published is
-lost. The Colab machines are simulated (tests/colab has the package of their runtimes)."""
+lost. The Colab machines are simulated (tests/fake_colab has the package of their runtimes)."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""A Colab machine, simulated (tests/colab has the package of its runtimes): its Drive, its secrets, and what their failures say."""
+"""A Colab machine, simulated (tests/fake_colab has the package of its runtimes): its Drive, its secrets, and what their failures say."""
 
 import os
 import shutil

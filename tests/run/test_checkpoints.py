@@ -448,7 +448,7 @@ def test_killed_anywhere_it_ends_as_if_never_stopped(tiny, tmp_path, kills):
 @pytest.mark.slow
 def test_a_second_and_third_run_in_one_kernel_hold_no_more_memory(tmp_path):
     """Anonymous memory, of the embedded model, by the cells of 03."""
-    code = Path(__file__).with_name("memory.py")
+    code = Path(__file__).parents[1] / "memory.py"
     done = subprocess.run(
         [sys.executable, code],
         capture_output=True,
