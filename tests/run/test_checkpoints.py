@@ -16,7 +16,8 @@ import torch
 from qlora_helpers import LossPanel, Workspace, training
 from qlora_helpers.errors import ModelError, QLoraError, TrainingStopped, WorkspaceError
 from qlora_helpers.run.checkpoints import Checkpoints
-from qlora_helpers.run.files import read_manifest, sealed, sha256
+from qlora_helpers.run.files import sha256
+from qlora_helpers.run.manifest import read_manifest, sealed
 
 
 @pytest.fixture(scope="module")
