@@ -29,14 +29,10 @@ class Checkpoints:
         self.step = None  # of the newest one
 
     def newest(self, identity: dict) -> tuple[Path, dict] | None:
-        """Return the newest whole checkpoint and its manifest; None without one.
+        """Return the newest whole checkpoint, here or else in the mirror, and its manifest.
 
-        It comes from the mirror if there is none here. A damaged one is skipped with a line that
-        says so.
-
-        Args:
-            identity: the `settings` and the `data` of the training.
-        Raises: WorkspaceError that names what differs, if it is of another training.
+        Each damaged one is skipped with a line. Raises WorkspaceError that names what differs, if
+        it is of a training with another `identity`: its `settings` and its `data`.
         """
         self.identity = json.loads(json.dumps(identity))
         newest = self._newest()
@@ -50,10 +46,9 @@ class Checkpoints:
             try:
                 manifest = read_manifest(path / "manifest.json")
                 check_files(manifest["files"], path)
-                present = {part.name for part in path.iterdir()}
-                if extra := present - manifest["files"].keys() - {"manifest.json"}:
+                stored, known = manifest["identity"], {"manifest.json", *manifest["files"]}
+                if extra := {part.name for part in path.iterdir()} - known:
                     raise ValueError(f"its manifest does not name {min(extra)}")
-                stored = manifest["identity"]
             except DAMAGE as error:
                 print(f"{path} is not complete ({reason(error)}): skipped.")
                 continue
@@ -77,14 +72,9 @@ class Checkpoints:
         )
 
     def write(self, step: int, fill: Callable[[Path], None], **facts) -> bool:
-        """Write the checkpoint of `step`, whole or not at all.
-
-        Args:
-            step: the number of optimizer steps so far.
-            fill: writes its files to the folder that it is given.
-            facts: go into its manifest.
-        Returns: False, with a line that says why, if it cannot be written.
-        """
+        """Write the checkpoint of `step`, whole or not at all: `fill` writes its files to the folder
+        that it is given, `facts` go into its manifest. Returns False, with a line that says why, if
+        it cannot be written."""
         path = self.folder / f"checkpoint-{step}"
         partial = path.with_name(path.name + ".partial")
         try:

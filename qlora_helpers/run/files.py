@@ -38,10 +38,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder, whole or not at all. Raises OSError."""
+    """Copy a folder of files, whole or not at all. Raises OSError."""
     partial = target.with_name(target.name + ".partial")
     remove(partial)
-    shutil.copytree(source, partial, copy_function=shutil.copyfile)
+    partial.mkdir(parents=True)
+    for path in source.iterdir():
+        shutil.copyfile(path, partial / path.name)
     put_in_place(partial, target)
 
 

@@ -31,20 +31,20 @@ def version_of(manifest: dict) -> str:
     return f"{len(manifest['replaces']) + 1:04d}-{manifest['fingerprint'][:12]}"
 
 
-def fingerprint_of(content: dict) -> str:
+def digest_of(content: dict) -> str:
     """Return the SHA-256 of a dict that can be written as JSON."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def sealed(manifest: dict) -> str:
     """Return the text of a manifest."""
-    return json.dumps(manifest | {"seal": fingerprint_of(manifest)}, indent=2)
+    return json.dumps(manifest | {"seal": digest_of(manifest)}, indent=2)
 
 
 def read_manifest(source: Path | bytes) -> dict:
     """Return the manifest in a file or in its bytes. Raises OSError or ValueError."""
     manifest = json.loads(source if isinstance(source, bytes) else read_file(source))
-    if not isinstance(manifest, dict) or manifest.pop("seal", None) != fingerprint_of(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("seal", None) != digest_of(manifest):
         raise ValueError("it is torn, or was changed after it was written")
     return manifest
 

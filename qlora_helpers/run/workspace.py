@@ -12,23 +12,9 @@ from filelock import FileLock, Timeout
 from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.run.checkpoints import Checkpoints
 from qlora_helpers.run.files import DAMAGE, read_file, remove, sha256, write_file, writing
-from qlora_helpers.run.manifest import (
-    fingerprint_of,
-    manifest_of,
-    read_manifest,
-    sealed,
-    version_of,
-)
+from qlora_helpers.run.manifest import digest_of, manifest_of, read_manifest, sealed, version_of
 
-_PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "scikit-learn",
-)
+_PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"]
 
 
 class Workspace:
@@ -47,9 +33,8 @@ class Workspace:
         return self.path / name
 
     def __str__(self) -> str:
-        # a relative path, which is the same on every machine, where there is one
         here = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
-        inside = self.path.is_relative_to(here)
+        inside = self.path.is_relative_to(here)  # the same on every machine
         return str(self.path.relative_to(here) if inside else self.path)
 
     @contextlib.contextmanager
@@ -91,11 +76,9 @@ class Workspace:
             config: the settings that it ran with.
             files: files or folders inside the workspace.
             inputs: the notebooks whose files it read.
-            facts: more for the manifest.
-
-        Returns: the manifest.
-        Raises: WorkspaceError if a file is missing or cannot be written, or if a notebook that was
-            opened has run again since.
+            facts: more for the manifest, which is returned.
+        Raises: WorkspaceError if a file is missing or cannot be written, or if one of `inputs` has
+            run again since it was opened.
         """
         with self.hold(notebook):
             inputs = self.fingerprints(*inputs)
@@ -112,7 +95,7 @@ class Workspace:
                     f"notebooks/{notebook}.ipynb again."
                 ) from error
             identity = {name: manifest[name] for name in ("config", "files", "inputs")}
-            manifest |= {"fingerprint": fingerprint_of(identity), "replaces": []}
+            manifest |= {"fingerprint": digest_of(identity), "replaces": []}
             if old := self.read(notebook) or self._replaced.get(notebook):
                 same = old["fingerprint"] == manifest["fingerprint"]
                 manifest["replaces"] = old["replaces"] + ([] if same else [version_of(old)])

@@ -214,10 +214,7 @@ def test_a_torn_checkpoint_is_skipped_with_a_line(prepared, workspace, uninterru
         "checkpoint-5 is not complete (optimizer.pt is not what its manifest names): skipped."
         in said
     )
-    assert (
-        "checkpoint-9.partial was not finished" in said
-        and "Going on from the checkpoint of step 4 of 12" in said
-    )
+    assert "Going on from the checkpoint of step 4 of 12" in said
 
 
 def test_a_checkpoint_is_due_by_minutes(prepared, monkeypatch):
@@ -330,7 +327,7 @@ def test_a_full_disk_loses_nothing_before(small_disk, tiny, uninterrupted, capsy
     trainer.watch.on_step_end = fill
     with pytest.raises(
         WorkspaceError,
-        match="adapter.* cannot be written .*No space left.*Free some space there; then run this",
+        match="adapter.* cannot be written .*No space left.*Free some space there, or name",
     ):
         stages.fit(run, trainer)
     said = capsys.readouterr().out
