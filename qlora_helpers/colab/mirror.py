@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qlora_helpers.colab.threads import Background
+from qlora_helpers.colab.threads import Background, bounded
 from qlora_helpers.errors import reason
 from qlora_helpers.run.checkpoints import prune
 from qlora_helpers.run.files import DAMAGE, put_in_place, write_text, writing
@@ -115,7 +115,7 @@ class Mirror:
             return os.listdir(self.folder) if self.folder.is_dir() else []
 
         archives = {}
-        matches = filter(None, map(_NAME.fullmatch, self._jobs.call(names, SECONDS)))
+        matches = filter(None, map(_NAME.fullmatch, self._call(names)))
         for match in sorted(matches, key=lambda match: (int(match[2]), match[0]), reverse=True):
             archives.setdefault(match[1], []).append(match[0])
         return archives
@@ -125,12 +125,15 @@ class Mirror:
         for name in names:
             read = partial(read_archive, self.folder / name, self._jobs.count, folder / name)
             try:
-                return self._jobs.call(partial(read, *select), SECONDS), folder / name
+                return self._call(partial(read, *select)), folder / name
             except OSError:
                 raise
             except DAMAGE as error:
                 print(f"{name} on Google Drive is not complete ({reason(error)}): skipped.")
         return None
+
+    def _call(self, function):
+        return bounded(function, SECONDS, self._jobs.moved)
 
     def _push(self, name: str, root: Path, manifest: dict) -> None:
         path, count = self.folder / f"{name}.tar", self._jobs.count

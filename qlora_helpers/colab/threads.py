@@ -3,7 +3,7 @@
 import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 
 from tqdm import tqdm
@@ -25,24 +25,42 @@ def start(function: Callable) -> Future:
     return future
 
 
-def bounded(function: Callable, seconds: float):
-    """Return what `function` returns. Raises what it raises, and TimeoutError after `seconds`."""
+def bounded(function: Callable, seconds: float, moved: Callable[[], int] = int):
+    """Return what `function` returns. Raises what it raises, and TimeoutError as `follow` does."""
     future = start(function)
-    if not wait([future], seconds).done:
-        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s")
+    follow([future], seconds, moved)
     return future.result()
+
+
+def follow(futures: Iterable[Future], seconds: float, moved: Callable[[], int] = int) -> None:
+    """Wait for futures. Raises TimeoutError after `seconds` in which no byte has moved.
+
+    `moved` returns the bytes so far, which a progress bar shows.
+    """
+    before, since = moved(), time.monotonic()
+    with tqdm(unit="B", unit_scale=True, delay=3) as bar:
+        while wait(futures, min(0.5, seconds)).not_done:
+            if (now := moved()) != before:
+                bar.update(now - before)
+                before, since = now, time.monotonic()
+            elif time.monotonic() - since > seconds:
+                raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s")
 
 
 class Background:
     """Jobs in threads, one after the other."""
 
     def __init__(self):
-        self.moved = 0  # bytes
         self._newest, self._futures = {}, {}  # by key
+        self._bytes = 0
 
     def count(self, size: int) -> None:
         """Add to the bytes that have moved."""
-        self.moved += size
+        self._bytes += size
+
+    def moved(self) -> int:
+        """Return the bytes that have moved."""
+        return self._bytes
 
     def queue(self, key: str, job: Callable[[], None]) -> None:
         """Call `job` after the others, unless a newer one with the same `key` comes before."""
@@ -63,7 +81,7 @@ class Background:
     def finish(self, seconds: float) -> str:
         """Wait until all jobs end, or no byte moves for `seconds`. Return why some failed."""
         try:
-            self.follow(self._futures.values(), seconds)
+            follow(self._futures.values(), seconds, self.moved)
         except TimeoutError as error:
             return reason(error)
         return self.failures()
@@ -71,20 +89,3 @@ class Background:
     def done(self, seconds: float) -> bool:
         """Return True if all jobs ended well, after waiting at most `seconds`."""
         return not wait(self._futures.values(), seconds).not_done and not self.failures()
-
-    def call(self, function: Callable, seconds: float):
-        """Return what `function` returns. Raises TimeoutError if no byte moves for `seconds`."""
-        future = start(function)
-        self.follow([future], seconds)
-        return future.result()
-
-    def follow(self, futures, seconds: float) -> None:
-        """Wait with a progress bar. Raises TimeoutError if no byte moves for `seconds`."""
-        moved, since = self.moved, time.monotonic()
-        with tqdm(unit="B", unit_scale=True, delay=3) as bar:
-            while wait(futures, 0.5).not_done:
-                if self.moved != moved:
-                    bar.update(self.moved - moved)
-                    moved, since = self.moved, time.monotonic()
-                elif time.monotonic() - since > seconds:
-                    raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s")

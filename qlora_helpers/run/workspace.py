@@ -77,8 +77,8 @@ class Workspace:
             files: files or folders inside the workspace.
             inputs: the notebooks whose files it read.
             facts: more for the manifest, which is returned.
-        Raises: WorkspaceError if a file is missing or cannot be written, or if one of `inputs` has
-            run again since it was opened.
+        Raises: OSError if a file is missing; WorkspaceError if the manifest cannot be written, or
+            if one of `inputs` has run again since it was opened.
         """
         with self.hold(notebook):
             inputs = self.fingerprints(*inputs)
@@ -86,14 +86,8 @@ class Workspace:
             paths = [part for path in paths for part in (sorted(path.rglob("*")) or [path])]
             names = [p.relative_to(self.path).as_posix() for p in paths if not p.is_dir()]
             config = json.loads(json.dumps(config))
-            facts = {"notebook": notebook, "config": config, "inputs": inputs, **facts}
-            try:
-                manifest = manifest_of(self.path, names, **facts)
-            except OSError as error:
-                raise WorkspaceError(
-                    f"{error.filename or self.path} cannot be published ({reason(error)}). Run "
-                    f"notebooks/{notebook}.ipynb again."
-                ) from error
+            facts |= {"notebook": notebook, "config": config, "inputs": inputs}
+            manifest = manifest_of(self.path, names, **facts)
             identity = {name: manifest[name] for name in ("config", "files", "inputs")}
             manifest |= {"fingerprint": digest_of(identity), "replaces": []}
             if old := self.read(notebook) or self._replaced.get(notebook):
