@@ -9,6 +9,7 @@ Only threads touch Drive, and none is waited for when no byte moves: Drive may h
 """
 
 import contextlib
+import functools
 import os
 import re
 from functools import partial
@@ -26,13 +27,19 @@ SECONDS = 120  # without a byte: Drive hangs
 _NAME = re.compile(r"(\w+)-(\d+)(-\w+)?\.tar")  # a notebook or "checkpoint", and a number
 
 
+@functools.cache
+def _jobs(folder: Path) -> Background:
+    """Return the jobs of this process for a folder, which no two threads write to."""
+    return Background()
+
+
 class Mirror:
     """A run's copy in the folder qlora_ag_news/`name` of `drive`, where Drive is mounted."""
 
     def __init__(self, drive: Path, name: str):
         self.drive, self.folder = drive, drive / "qlora_ag_news" / name
         self.unread: str | None = None  # why `pull` could not read it
-        self._jobs, self._said = Background(), ""
+        self._jobs, self._said = _jobs(self.folder), ""
         self.done = self._jobs.done
 
     def push(self, key: str, name: str, root: Path, manifest: dict) -> None:
@@ -96,9 +103,7 @@ class Mirror:
         """A context with a temporary folder in `folder`, which prints a line if Drive fails."""
         try:
             # of this read alone: a thread that was given up may still write there
-            with TemporaryDirectory(
-                dir=folder, prefix=".pull-", ignore_cleanup_errors=True
-            ) as name:
+            with TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as name:
                 yield Path(name)
         except OSError as error:
             self.unread = reason(error)

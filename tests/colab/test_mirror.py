@@ -25,9 +25,9 @@ from qlora_helpers.run.manifest import manifest_of, read_archive
 LONG = 300  # seconds: what answers does so in time, on a busy machine too
 
 
-def publish(seed: int, tiny: str = "SmolLM2-135M-Instruct"):
+def publish(seed: int):
     """Run 01 and 02, which write other rows for another seed, and wait for the copy."""
-    stages.set_up(stages.tiny_config(tiny, seed=seed))
+    stages.set_up(stages.tiny_config("SmolLM2-135M-Instruct", seed=seed))
     workspace = stages.draw()
     workspace.push()
     return workspace
