@@ -82,8 +82,9 @@ class Workspace:
         """
         with self.hold(notebook):
             inputs = self.fingerprints(*inputs)
-            paths = [self / name for name in files]
-            paths = [part for path in paths for part in (sorted(path.rglob("*")) or [path])]
+            paths = []
+            for name in files:
+                paths += sorted((self / name).rglob("*")) or [self / name]
             names = [p.relative_to(self.path).as_posix() for p in paths if not p.is_dir()]
             config = json.loads(json.dumps(config))
             facts |= {"notebook": notebook, "config": config, "inputs": inputs}
@@ -233,11 +234,8 @@ class Workspace:
             self._push()
 
     def _push(self) -> None:
-        manifests = [
-            *self.path.glob("manifests/*.json"),
-            *self.path.glob("earlier/*/manifest.json"),
-        ]
-        for path in manifests if self.mirror else []:
+        earlier = self.path.glob("earlier/*/manifest.json")
+        for path in [*self.path.glob("manifests/*.json"), *earlier] if self.mirror else []:
             with contextlib.suppress(*DAMAGE):
                 manifest = read_manifest(path)
                 name = f"{manifest['notebook']}-{version_of(manifest)}"
