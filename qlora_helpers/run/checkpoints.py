@@ -72,9 +72,9 @@ class Checkpoints:
         )
 
     def write(self, step: int, fill: Callable[[Path], None], **facts) -> bool:
-        """Write the checkpoint of `step`, whole or not at all: `fill` writes its files to the folder
-        that it is given, `facts` go into its manifest. Returns False, with a line that says why, if
-        it cannot be written."""
+        """Write the checkpoint of `step`, whole or not at all. Returns False, with a line that says
+        why, if it cannot be written. `fill` writes its files to a folder; `facts` go into its
+        manifest."""
         path = self.folder / f"checkpoint-{step}"
         partial = path.with_name(path.name + ".partial")
         try:

@@ -68,8 +68,8 @@ def remove(path: Path) -> None:
 def cannot_write(path: Path, error: Exception) -> WorkspaceError:
     """Return the error to raise when writing `path` failed."""
     return WorkspaceError(
-        f"{path} cannot be written ({reason(error)}). Free some space there, or name another folder "
-        "in QLORA_WORKSPACE; then run this notebook again."
+        f"{path} cannot be written ({reason(error)}). Free some space there, or name another "
+        "folder in QLORA_WORKSPACE; then run this notebook again."
     )
 
 

@@ -1,5 +1,5 @@
-"""A run and its copy on Google Drive: a Drive that fails in any way costs a line, never the run, and
-nothing that was published is lost. The Colab machines are simulated (see tests/fake_colab)."""
+"""A run and its copy on Google Drive: a Drive that fails in any way costs a line, never the run,
+and nothing that was published is lost. The Colab machines are simulated (see tests/fake_colab)."""
 
 import contextlib
 import os
@@ -53,9 +53,9 @@ def drive(tmp_path):
     folder = tmp_path / "drive"
     folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
@@ -63,16 +63,22 @@ def drive(tmp_path):
 # Each of these is a context in which Drive fails, on a machine that begins, and gives the machine
 # the function `begin`. What it yields is the line by which a reader learns of it; None if there is
 # nothing to tell.
+FAULTS = []
 
 
-@contextlib.contextmanager
+def _fault(function):
+    FAULTS.append(contextlib.contextmanager(function))
+    return FAULTS[-1]
+
+
+@_fault
 def refused(begin, drive, patch):
     patch.setenv("FAKE_DRIVE", "declined")
     begin()
     yield "Without Google Drive (credential propagation was unsuccessful)"
 
 
-@contextlib.contextmanager
+@_fault
 def late_answer(begin, drive, patch):
     """The reader answers when the run has gone on already."""
     patch.setenv("FAKE_DRIVE", "hangs")
@@ -84,7 +90,7 @@ def late_answer(begin, drive, patch):
     yield "Without Google Drive (no answer within 0.3 s)"
 
 
-@contextlib.contextmanager
+@_fault
 def without_my_drive(begin, drive, patch):
     patch.setenv("FAKE_DRIVE", "empty")
     content = begin()
@@ -92,7 +98,7 @@ def without_my_drive(begin, drive, patch):
     shutil.rmtree(content / "drive")
 
 
-@contextlib.contextmanager
+@_fault
 def full(begin, drive, patch):
     begin()
     find_workspace()
@@ -103,7 +109,7 @@ def full(begin, drive, patch):
     (drive / "filler").unlink()
 
 
-@contextlib.contextmanager
+@_fault
 def read_only(begin, drive, patch):
     subprocess.run(["mount", "-o", "remount,ro", str(drive)], check=True)
     begin()
@@ -128,21 +134,21 @@ def _hangs(name, patch):
     patch.setattr(mirror, name, real)
 
 
-@contextlib.contextmanager
+@_fault
 def hanging_read(begin, drive, patch):
     begin()
     with _hangs("read_archive", patch):
         yield "Google Drive cannot be read (no answer within 0.3 s)"
 
 
-@contextlib.contextmanager
+@_fault
 def hanging_write(begin, drive, patch):
     begin()
     with _hangs("write_archive", patch):
         yield "Google Drive does not take this run (no answer within 0.3 s)"
 
 
-@contextlib.contextmanager
+@_fault
 def gone_in_the_middle(begin, drive, patch):
     content = begin()
     find_workspace()
@@ -153,7 +159,7 @@ def gone_in_the_middle(begin, drive, patch):
     (content / "drive").rmdir()
 
 
-@contextlib.contextmanager
+@_fault
 def stale_copy(begin, drive, patch):
     """Drive shows what it held before the last publication."""
     folder, hidden = drive / "qlora_ag_news" / "cpu", {}
@@ -166,7 +172,7 @@ def stale_copy(begin, drive, patch):
         where.rename(path)
 
 
-@contextlib.contextmanager
+@_fault
 def half_pushed(begin, drive, patch):
     """A machine that was taken away left an archive unfinished, and Drive lost a part of others."""
     folder = drive / "qlora_ag_news" / "cpu"
@@ -180,13 +186,13 @@ def half_pushed(begin, drive, patch):
         (folder / f"02_data_subset-{name}").unlink()
 
 
-@contextlib.contextmanager
+@_fault
 def two_machines(begin, drive, patch):
     begin()
     yield None
 
 
-@contextlib.contextmanager
+@_fault
 def clock_skew(begin, drive, patch):
     """The machine's clock is a day late, and Drive's files are from tomorrow."""
     day, now, utc = 86400, time.time, time.gmtime
@@ -196,22 +202,6 @@ def clock_skew(begin, drive, patch):
     patch.setattr(time, "gmtime", lambda seconds=None: utc(now() - day))
     begin()
     yield None
-
-
-FAULTS = [
-    refused,
-    late_answer,
-    without_my_drive,
-    full,
-    read_only,
-    hanging_read,
-    hanging_write,
-    gone_in_the_middle,
-    stale_copy,
-    half_pushed,
-    two_machines,
-    clock_skew,
-]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
@@ -227,14 +217,14 @@ def test_a_drive_that_fails_loses_nothing(drive, new_machine, monkeypatch, capsy
         mine = publish(seed=3)
         opened, config = open_workspace("02_data_subset")  # the run goes on
         assert (config.seed, rows(opened)) == (3, rows(mine))
-        said = capsys.readouterr().out
-        assert line is None or line in said
+        printed = capsys.readouterr().out
+        assert line is None or line in printed
     find_workspace(True).push()  # the cell that pushes again
     assert "On Google Drive: MyDrive/qlora_ag_news/cpu" in capsys.readouterr().out
     assert before.items() <= everything(drive).items()
     new_machine()
-    found, config = open_workspace("02_data_subset")
-    assert (config.seed, rows(found)) == (3, rows(mine))
+    opened, config = open_workspace("02_data_subset")
+    assert (config.seed, rows(opened)) == (3, rows(mine))
 
 
 def test_a_run_that_cannot_be_read_is_not_said_to_be_missing(new_machine, tmp_path, monkeypatch):
@@ -265,7 +255,7 @@ def test_settings_that_come_back_are_newer_than_those_between(drive, new_machine
 
 
 def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_machine):
-    """The kernel dies at the first change of Drive, at the second, and so on, until it ends well."""
+    """The kernel dies at the first change of Drive, at the second, and so on, until it is done."""
     new_machine()
     older = rows(publish(seed=1))
     seen, kill_at, status = [], 0, None

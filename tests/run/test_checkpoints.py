@@ -72,10 +72,8 @@ def test_an_interrupt_inside_an_accumulation_loses_nothing(
     run, trainer = prepared()
     stages.stop_at(trainer, step)
     panel = LossPanel(run)
-    with pytest.raises(
-        TrainingStopped,
-        match=rf"Stopped at step {step} of 12. The checkpoint of step {step} is written: it goes on",
-    ):
+    message = f"Stopped at step {step} of 12. The checkpoint of step {step} is written: it goes on"
+    with pytest.raises(TrainingStopped, match=message):
         stages.fit(run, trainer, panel)
     assert f"The checkpoint of step {step} is written" in panel.status.value
     assert set(_names(workspace / "checkpoints")) == {
