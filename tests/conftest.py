@@ -113,7 +113,7 @@ def workspace(tmp_path, monkeypatch):
 @pytest.fixture
 def new_machine(tmp_path, monkeypatch):
     """A function that begins on a new Colab machine, with the same Drive, and returns its /content."""
-    monkeypatch.syspath_prepend(Path(__file__).parent / "colab")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fake_colab")
     monkeypatch.setattr(drive, "MOUNT_SECONDS", LONG)
     monkeypatch.setattr(hub_token, "SECRET_SECONDS", LONG)
     monkeypatch.setenv("FAKE_DRIVE_FOLDER", str(tmp_path / "drive"))

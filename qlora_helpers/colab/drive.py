@@ -1,4 +1,4 @@
-"""The workspace of this run, with Google Drive as its mirror where its reader allows that."""
+"""The workspace of this run, with Google Drive as its mirror if the reader allows that."""
 
 import os
 from functools import partial
@@ -18,12 +18,10 @@ _without: str | None = None  # why this process does without Drive, once that is
 
 
 def find_workspace(drive: bool | None = None) -> Workspace:
-    """Return the workspace of this run, in `workspace_folder`.
+    """Return the workspace of this run, with what was published on Drive.
 
-    On a Colab machine Drive is asked for, unless `drive` (or QLORA_DRIVE, which wins) says no: it
-    is then the workspace's mirror, and what was published elsewhere is brought from there.
-
-    Raises: ConfigError for a QLORA_WORKSPACE on Drive or a QLORA_DRIVE that is neither 0 nor 1.
+    On Colab the reader is asked for Drive, unless `drive` (or QLORA_DRIVE, which wins) says no.
+    Raises ConfigError for a QLORA_WORKSPACE on Drive or a QLORA_DRIVE that is neither 0 nor 1.
     """
     path = workspace_folder()
     if Path(os.path.abspath(path)).is_relative_to(machine.CONTENT / "drive"):
@@ -31,8 +29,7 @@ def find_workspace(drive: bool | None = None) -> Workspace:
             f"QLORA_WORKSPACE is {path}, on Google Drive. A run lives on the machine's own disk: "
             f"name runs/{path.name}, and Drive keeps a copy of it in qlora_ag_news/{path.name}."
         )
-    ask_for_drive(drive)
-    folder = my_drive()
+    folder = _my_drive(drive)
     workspace = Workspace(path, Mirror(folder, path.name) if folder else None)
     workspace.pull()
     return workspace
@@ -51,66 +48,56 @@ def open_workspace(*notebooks: str) -> tuple[Workspace, RunConfig]:
         without = _without or (workspace.mirror and workspace.mirror.unread)
         if not without:
             raise
-        manifests = sorted((workspace / "manifests").glob("*.json"))
-        found = ", ".join(path.stem for path in manifests) or "no run"
+        here = sorted(path.stem for path in workspace.path.glob("manifests/*.json"))
         raise WorkspaceError(
             f"{error} A run on Google Drive cannot be seen from here, since this machine is "
-            f"without Drive ({without}); on its own disk there is {found}. If the run is on Drive: "
-            "Runtime > Restart session and run all, and allow Drive this time."
+            f"without Drive ({without}); on its own disk there is {', '.join(here) or 'no run'}. "
+            "If the run is on Drive: Runtime > Restart session and run all, and allow Drive."
         ) from error
     config.check_environment()
     use_token(config)
     return workspace, config
 
 
-def my_drive() -> Path | None:
-    """The reader's Drive if it is mounted and to be used."""
-    folder = machine.CONTENT / "drive" / "MyDrive"
-    if _without or not drive_wanted():
-        return None
-    try:  # isdir is False for a mount that has died
-        return folder if bounded(partial(os.path.isdir, folder), MOUNT_SECONDS) else None
-    except TimeoutError:
-        return None
+def without_drive() -> str | None:
+    """Return why this process does without Drive, if that is settled."""
+    return _without
 
 
-def ask_for_drive(wanted: bool | None = None) -> None:
-    """On Colab, mount Google Drive: its dialog is the reader's to accept, to decline, or to leave.
-
-    Without it a line says so, and why. Nothing is asked twice, nor where QLORA_DRIVE, else
-    `wanted`, says no. Raises ConfigError for a QLORA_DRIVE that is neither 0 nor 1.
-    """
+def _my_drive(asked: bool | None) -> Path | None:
+    """Return the reader's Drive, which is mounted on Colab if the reader allows it. None, with a
+    line the first time, if it is not to be had."""
     global _without
-    if wanted is not None:  # a form's answer: this is a new question
+    wanted = drive_wanted(asked is not False)
+    if asked is not None:  # a new answer in a form
         _without = None
-    if not on_colab() or _without or my_drive():
-        return
-    if not drive_wanted(wanted is not False):
-        _without = "it was not wanted"
-    else:
-        print(
-            "Google Drive would keep this run for the other notebooks: Colab asks for it now, for "
-            f'{MOUNT_SECONDS} seconds. To decline, choose "No thanks"; to be asked nothing, set '
-            "QLORA_DRIVE=0.",
-            flush=True,
-        )
-        try:
+    if _without or not on_colab():
+        return None
+    mount = machine.CONTENT / "drive"
+    is_mounted = partial(bounded, partial(os.path.isdir, mount / "MyDrive"), MOUNT_SECONDS)
+    try:
+        if not wanted:
+            _without = "it was not wanted"
+        elif not is_mounted():
+            print(
+                f"Colab asks for Google Drive now, for {MOUNT_SECONDS} seconds. Drive would keep "
+                'this run for the other notebooks. To decline, choose "No thanks"; to be asked '
+                "nothing, set QLORA_DRIVE=0.",
+                flush=True,
+            )
             from google.colab import drive
 
-            mount, milliseconds = str(machine.CONTENT / "drive"), 1000 * MOUNT_SECONDS
-            # the dialog itself waits for ever: timeout_ms is for the mount that follows it
-            bounded(lambda: drive.mount(mount, timeout_ms=milliseconds), MOUNT_SECONDS)
-            _without = None if my_drive() else "it was mounted without MyDrive"
-        except Exception as error:  # ValueError, MessageError, pexpect's: none is worth a run
-            _without = reason(error).removeprefix("Error: ")
-    if _without:
-        print(
-            f"Without Google Drive ({_without}): this run's files stay on this machine and go when "
-            "its runtime does, and the other notebooks, which get machines of their own, will not "
-            "find them. To have Drive: Runtime > Restart session and run all, and allow it."
-        )
-
-
-def without_drive() -> str | None:
-    """Why this process does without Drive, if that is settled."""
-    return _without
+            # timeout_ms is for the mount; the dialog before it may wait for ever
+            ask = partial(drive.mount, str(mount), timeout_ms=1000 * MOUNT_SECONDS)
+            bounded(ask, MOUNT_SECONDS)
+            _without = None if is_mounted() else "it was mounted without MyDrive"
+    except Exception as error:  # Colab's own kinds, ValueError, pexpect's
+        _without = reason(error).removeprefix("Error: ")
+    if not _without:
+        return mount / "MyDrive"
+    print(
+        f"Without Google Drive ({_without}): this run's files stay on this machine and go when its "
+        "runtime does, and the other notebooks, which get machines of their own, will not find "
+        "them. To have Drive: Runtime > Restart session and run all, and allow it."
+    )
+    return None

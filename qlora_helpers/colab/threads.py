@@ -1,11 +1,10 @@
-"""Threads for what may hang: a wait that ends, and work in the background."""
+"""Threads for what may hang: calls that are given up, and jobs in the background."""
 
 import errno
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from functools import partial
 
 from tqdm import tqdm
 
@@ -13,8 +12,7 @@ from qlora_helpers.errors import reason
 
 
 def start(function: Callable) -> Future:
-    """Run `function` in a thread that nothing waits for in the end: a Future's own pool would keep
-    the process from ending."""
+    """Call `function` in a daemon thread: an executor's would keep the process from ending."""
     future = Future()
 
     def run():
@@ -27,93 +25,67 @@ def start(function: Callable) -> Future:
     return future
 
 
-def bounded(function: Callable, seconds: float):
-    """What `function` returns or raises. Raises TimeoutError after `seconds`; what it does
-    meanwhile is then left to itself."""
+def bounded(function: Callable, seconds: float, moved: Callable[[], int] = int):
+    """Return what `function` returns. Raises what it raises, and TimeoutError as `follow` does."""
     future = start(function)
-    try:
-        return future.result(seconds)
-    except TimeoutError as error:
-        if future.done():  # its own
-            raise
-        raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s") from error
+    follow([future], seconds, moved)
+    return future.result()
+
+
+def follow(futures: Iterable[Future], seconds: float, moved: Callable[[], int] = int) -> None:
+    """Wait for futures. Raises TimeoutError after `seconds` in which no byte has moved.
+
+    `moved` returns the bytes so far, which a progress bar shows.
+    """
+    before, since = moved(), time.monotonic()
+    with tqdm(unit="B", unit_scale=True, delay=3) as bar:
+        while wait(futures, min(0.5, seconds)).not_done:
+            if (now := moved()) != before:
+                bar.update(now - before)
+                before, since = now, time.monotonic()
+            elif time.monotonic() - since > seconds:
+                raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s")
 
 
 class Background:
-    """Jobs in a thread, one after the other.
+    """Jobs in threads, one after the other."""
 
-    Args:
-        say: is called with the reason why a job failed, once for each new reason.
-    """
+    def __init__(self):
+        self._newest, self._futures = {}, {}  # by key
+        self._bytes = 0
 
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.moved = say, 0  # bytes, which the jobs count
-        self.failed: dict[str, str] = {}  # the reason, by the key of the job
-        self._jobs: dict[str, Callable[[], None]] = {}  # to do, in order
-        self._lock, self._worker, self._said = threading.Lock(), None, ""
+    def count(self, size: int) -> None:
+        """Add to the bytes that have moved."""
+        self._bytes += size
+
+    def moved(self) -> int:
+        """Return the bytes that have moved."""
+        return self._bytes
 
     def queue(self, key: str, job: Callable[[], None]) -> None:
-        """Do `job` after those that wait, and instead of one that waits under the same `key`."""
-        with self._lock:
-            self._jobs.pop(key, None)
-            self._jobs[key] = job
-            if self._worker is None:
-                self.failed.pop("", None)
-                self._worker = Future()  # it is there before the thread asks whose turn it is
-                start(partial(self._work, self._worker))
+        """Call `job` after the others, unless a newer one with the same `key` comes before."""
+        before, self._newest[key] = list(self._futures.values()), job
+
+        def run():
+            wait(before)
+            if self._newest[key] is job:
+                job()
+
+        self._futures[key] = start(run)
+
+    def failures(self) -> str:
+        """Return why jobs have failed, of those that no newer one replaced."""
+        errors = [future.exception() for future in self._futures.values() if future.done()]
+        return "; ".join(sorted({reason(error) for error in errors if error}))
+
+    def finish(self, seconds: float) -> str:
+        """Wait until all jobs end, or no byte moves for `seconds`. Return why some failed."""
+        try:
+            follow(self._futures.values(), seconds, self.moved)
+        except TimeoutError as error:
+            return reason(error)
+        return self.failures()
 
     def done(self, seconds: float) -> bool:
-        """True if all jobs are done and none failed, after waiting for them at most so long."""
-        if worker := self._worker:
-            wait([worker], seconds)
-        return self._worker is None and not self.failed
-
-    def finish(self, seconds: float) -> None:
-        """Wait until all jobs are done, or for `seconds` no byte moves. One that hangs is then left
-        to itself, and counts as failed."""
-        try:
-            if worker := self._worker:
-                self.follow(worker, seconds)
-        except TimeoutError as error:
-            with self._lock:
-                self._worker = None
-                self.failed[""] = reason(error)
-
-    def follow(self, future: Future, seconds: float):
-        """The result of `future`, with a bar if it takes long. Raises TimeoutError if for `seconds`
-        no byte moves."""
-        moved, since = self.moved, time.monotonic()
-        with tqdm(unit="B", unit_scale=True, delay=3) as bar:
-            while not future.done():
-                wait([future], 0.5)
-                if self.moved != moved:
-                    bar.update(self.moved - moved)
-                    moved, since = self.moved, time.monotonic()
-                elif time.monotonic() - since > seconds and not future.done():
-                    raise TimeoutError(errno.ETIMEDOUT, f"no answer within {seconds:g} s")
-        return future.result()
-
-    def _work(self, me: Future) -> None:
-        while True:
-            with self._lock:
-                if self._worker is me and not self._jobs:
-                    self._worker = None
-                if self._worker is not me:
-                    break
-                key = next(iter(self._jobs))
-                job = self._jobs.pop(key)
-            try:
-                job()
-                failure = ""
-            except Exception as error:  # the next job must have its turn
-                failure = reason(error)
-            with self._lock:
-                if self._worker is not me or key in self._jobs:
-                    continue  # it is left to itself, or there is a newer one
-                self.failed.pop(key, None)
-                if failure:
-                    self.failed[key] = failure
-            if failure and failure != self._said:
-                self._said = failure
-                self.say(failure)
-        me.set_result(None)
+        """Return True if all jobs ended well, after waiting at most `seconds`."""
+        return not wait(self._futures.values(), seconds).not_done and not self.failures()

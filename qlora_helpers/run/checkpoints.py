@@ -1,5 +1,4 @@
-"""Checkpoints that are complete or absent: each holds all that a training goes on from, under a
-manifest that is written last."""
+"""Checkpoints that are whole or absent: each holds the state of a training under a manifest."""
 
 import contextlib
 import json
@@ -9,94 +8,96 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qlora_helpers.errors import WorkspaceError, reason
-from qlora_helpers.run.files import (
-    DAMAGE,
-    FAILURES,
-    check_files,
-    manifest_of,
-    put_in_place,
-    read_manifest,
-    remove,
-    sealed,
-    write_text,
-    writing,
-)
+from qlora_helpers.run.files import DAMAGE, FAILURES, put_in_place, remove, write_text, writing
+from qlora_helpers.run.manifest import check_files, manifest_of, read_manifest, sealed
 
-KEPT = 2  # the one before, for a disk that does not keep what it was given
+KEPT = 2  # the one before the newest, in case that is damaged
 
 
 class Checkpoints:
-    """The checkpoints of a training, in a folder of the machine's own disk.
-
-    Each is copied to the mirror in the background, if there is one. On a machine that has none, the
-    mirror's newest complete one is gone on from.
+    """The checkpoints of a training, each of which is copied to the mirror in the background.
 
     Args:
-        folder: where they are written.
+        folder: where they are written, on the machine's own disk.
         hold: returns a context in which no other process writes there.
         mirror: see `qlora_helpers.colab.mirror`.
     """
 
     def __init__(self, folder: Path, hold: Callable = contextlib.nullcontext, mirror=None):
         self.folder, self.hold, self.mirror = folder, hold, mirror
-        self.identity = {}  # what `newest` was asked for
-        self.step = None  # of the newest one written
+        self.identity = {}
+        self.step = None  # of the newest one
 
     def newest(self, identity: dict) -> tuple[Path, dict] | None:
-        """The newest complete checkpoint and its manifest; None without one.
+        """Return the newest whole checkpoint, here or else in the mirror, and its manifest.
 
-        Each torn one is skipped with a line that says so. Raises WorkspaceError, which names what
-        differs, if it is of a training with another `identity`: its `settings` and its `data`.
+        Each damaged one is skipped with a line. Raises WorkspaceError that names what differs, if
+        it is of a training with another `identity`: its `settings` and its `data`.
         """
         self.identity = json.loads(json.dumps(identity))
-        for path in sorted(self.folder.glob("*.partial")):
-            print(f"{path} was not finished when the run that wrote it ended: skipped.")
-        found = self._newest()
-        if not found and self.mirror and self.mirror.bring("checkpoints", self.folder):
-            found = self._newest()
-        return found
+        newest = self._newest()
+        if newest is None and self.mirror:
+            self.mirror.bring_checkpoint(self.folder)
+            newest = self._newest()
+        return newest
 
     def _newest(self) -> tuple[Path, dict] | None:
-        for step, path in sorted(numbered(self.folder), reverse=True):
+        for step, path in reversed(_numbered(self.folder)):
             try:
-                manifest = _checked(path)
-                self._compare(manifest["identity"], path)
-            except WorkspaceError:
-                raise
+                manifest = read_manifest(path / "manifest.json")
+                check_files(manifest["files"], path)
+                stored, known = manifest["identity"], {"manifest.json", *manifest["files"]}
+                if extra := {part.name for part in path.iterdir()} - known:
+                    raise ValueError(f"its manifest does not name {min(extra)}")
             except DAMAGE as error:
                 print(f"{path} is not complete ({reason(error)}): skipped.")
                 continue
+            if stored != self.identity:
+                raise self._other_training(path, stored["settings"])
             self.step = step
             return path, manifest
         return None
 
+    def _other_training(self, path: Path, old: dict) -> WorkspaceError:
+        new = self.identity["settings"]
+        changed = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+        fields = [f"{name} was {old.get(name)!r} and is now {new.get(name)!r}" for name in changed]
+        what = "settings" if fields else "data"
+        why = "; ".join(fields) or "the rows of subset/ have changed since"
+        mirrored = f" and {self.mirror.folder}/checkpoint-*.tar" if self.mirror else ""
+        return WorkspaceError(
+            f"{path} is of an unfinished training with other {what}: {why}. Set them back, from "
+            "notebooks/01_setup.ipynb on, and it goes on; to train with the new ones, delete "
+            f"{self.folder}{mirrored}."
+        )
+
     def write(self, step: int, fill: Callable[[Path], None], **facts) -> bool:
-        """Have `fill` write its files to a folder, and keep it as the checkpoint of `step` with
-        `facts` in its manifest. False, with a line that says why, if it cannot be written: those
-        before are as they were."""
+        """Write the checkpoint of `step`, whole or not at all. Returns False, with a line that says
+        why, if it cannot be written. `fill` writes its files to a folder; `facts` go into its
+        manifest."""
         path = self.folder / f"checkpoint-{step}"
-        beside = path.with_name(path.name + ".partial")
+        partial = path.with_name(path.name + ".partial")
         try:
-            remove(beside)
-            beside.mkdir(parents=True)
-            fill(beside)
-            names = sorted(part.name for part in beside.iterdir())
-            manifest = manifest_of(beside, names, identity=self.identity, step=step, **facts)
-            write_text(beside / "manifest.json", sealed(manifest))
-            put_in_place(beside, path)
+            remove(partial)
+            partial.mkdir(parents=True)
+            fill(partial)
+            names = sorted(part.name for part in partial.iterdir())
+            manifest = manifest_of(partial, names, identity=self.identity, step=step, **facts)
+            write_text(partial / "manifest.json", sealed(manifest))
+            put_in_place(partial, path)
         except (*FAILURES, WorkspaceError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            last = "none before it" if self.step is None else f"the one of step {self.step} is kept"
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = "none before it" if self.step is None else f"the one of step {self.step} is kept"
             print(
                 f"The checkpoint of step {step} cannot be written "
-                f"({reason(error.__cause__ or error)}); {last}. Training goes on; meanwhile free "
+                f"({reason(error.__cause__ or error)}); {kept}. Training goes on; meanwhile free "
                 f"some space, or see what is wrong, in {self.folder.parent}."
             )
             return False
         self.step = step
         prune(self.folder, step)
         if self.mirror:
-            self.mirror.push("checkpoints", f"checkpoints/{path.name}", path, manifest)
+            self.mirror.push("checkpoint", path.name, path, manifest)
         return True
 
     def prepare(self) -> None:
@@ -106,58 +107,26 @@ class Checkpoints:
             write_text(self.folder / "note.txt", note)
 
     def copied(self, seconds: float) -> bool:
-        """True if the mirror has them, after waiting for that at most so long."""
+        """Return True if the mirror has them, after waiting for that at most `seconds`."""
         return self.mirror is None or self.mirror.done(seconds)
 
     def finish(self) -> None:
-        """Remove them all, here and, once what was published is there, on the mirror."""
+        """Remove them all, here and, once what was published is there, from the mirror."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.mirror:
-            self.mirror.clear("checkpoints")
-
-    def _compare(self, found: dict, path: Path) -> None:
-        if found == self.identity:
-            return
-        old, new = found["settings"], self.identity["settings"]
-        fields = "; ".join(
-            f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
-            for name in sorted(old.keys() | new.keys())
-            if old.get(name) != new.get(name)
-        )
-        folders = [str(self.folder)]
-        if self.mirror:
-            folders.append(str(self.mirror.folder / "checkpoints"))
-        raise WorkspaceError(
-            f"{path} is of an unfinished training with other {'settings' if fields else 'data'}: "
-            f"{fields or 'the rows of subset/ have changed since'}. Set them back, from "
-            f"notebooks/01_setup.ipynb on, and it goes on; to train with the new ones, delete "
-            f"{' and '.join(folders)}."
-        )
+            self.mirror.clear_checkpoints()
 
 
-def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The step and the path of each checkpoint in `folder`, complete or not."""
-    named = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("*")]
-    return [(int(match[1]), path) for match, path in named if match]
-
-
-def _checked(path: Path) -> dict:
-    """The manifest of a checkpoint that holds the files it names, unchanged, and no other. Raises
-    OSError or ValueError otherwise."""
-    manifest = read_manifest(path / "manifest.json")
-    check_files(manifest, path)
-    extra = {part.name for part in path.iterdir()} - manifest["files"].keys() - {"manifest.json"}
-    if extra:
-        raise ValueError(f"its manifest does not name {min(extra)}")
-    return manifest
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    named = [(re.fullmatch(r"checkpoint-(\d+)(\.tar)?", p.name), p) for p in folder.glob("*")]
+    return sorted((int(match[1]), path) for match, path in named if match)
 
 
 def prune(folder: Path, step: int) -> None:
-    """Keep the newest ones up to `step`: what has a higher number was torn, and what is partial was
-    left by a run that ended."""
-    steps = sorted((number for number, _ in numbered(folder) if number <= step), reverse=True)
-    kept = {f"checkpoint-{number}" for number in steps[:KEPT]}
+    """Remove all but the newest checkpoints up to `step`. Later ones were damaged, and partial ones
+    are of a run that was killed."""
+    kept = [path for number, path in _numbered(folder) if number <= step][-KEPT:]
     for path in folder.glob("checkpoint-*"):
-        if path.name not in kept:
+        if path not in kept:
             with contextlib.suppress(OSError):
                 remove(path)

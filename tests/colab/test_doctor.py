@@ -136,7 +136,7 @@ def test_too_little_memory(t4, server, workspace, monkeypatch):
 
 @pytest.fixture
 def a_colab(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.syspath_prepend(ROOT / "tests" / "fake_colab")
     monkeypatch.setattr(machine, "CONTENT", tmp_path / "content")
     monkeypatch.setattr(drive, "_without", "credential propagation was unsuccessful")
     monkeypatch.setattr(hub_token, "_found", None)

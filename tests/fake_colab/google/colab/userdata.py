@@ -21,7 +21,8 @@ class SecretNotFoundError(errors.Error):
 class TimeoutException(errors.Error):
     def __init__(self, key):
         super().__init__(
-            f"Requesting secret {key} timed out. Secrets can only be fetched when running from the Colab UI."
+            f"Requesting secret {key} timed out. Secrets can only be fetched when running from the "
+            "Colab UI."
         )
 
 

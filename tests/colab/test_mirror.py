@@ -1,13 +1,13 @@
-"""A run and its copy on Google Drive: a Drive that fails in any way costs a line, never the run, and nothing that was published is
-lost. The Colab machines are simulated (tests/colab has the package of their runtimes)."""
+"""A run and its copy on Google Drive: a Drive that fails in any way costs a line, never the run,
+and nothing that was published is lost. The Colab machines are simulated (see tests/fake_colab)."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,17 +18,16 @@ import stages
 from qlora_helpers import find_workspace, open_workspace
 from qlora_helpers.colab import drive as drive_module
 from qlora_helpers.colab import mirror
-from qlora_helpers.colab.mirror import Mirror
 from qlora_helpers.errors import TrainingStopped, WorkspaceError
-from qlora_helpers.run import files
-from qlora_helpers.run.exchange import push_all
+from qlora_helpers.run.files import write_text
+from qlora_helpers.run.manifest import manifest_of, read_archive
 
 LONG = 300  # seconds: what answers does so in time, on a busy machine too
 
 
-def publish(seed: int, tiny: str = "SmolLM2-135M-Instruct"):
+def publish(seed: int):
     """Run 01 and 02, which write other rows for another seed, and wait for the copy."""
-    stages.set_up(stages.tiny_config(tiny, seed=seed))
+    stages.set_up(stages.tiny_config("SmolLM2-135M-Instruct", seed=seed))
     workspace = stages.draw()
     workspace.push()
     return workspace
@@ -39,14 +38,13 @@ def rows(workspace) -> bytes:
 
 
 def everything(drive: Path) -> dict[str, bytes]:
-    """All that is published on Drive and whole: its files by what they hold."""
-    found = {}
-    for path in drive.rglob("manifest.json"):
-        manifest = files.read_manifest(path)
-        files.check_files(manifest, path.parent)
-        for name in manifest["files"]:
-            found[f"{path.parent.name}/{name}"] = (path.parent / name).read_bytes()
-    return found
+    """All that is published on Drive: the bytes of each file, by archive and name."""
+    contents = {}
+    for path in drive.rglob("*.tar"):
+        with tempfile.TemporaryDirectory() as folder:
+            for name in read_archive(path, lambda size: None, Path(folder))["files"]:
+                contents[f"{path.name}/{name}"] = Path(folder, name).read_bytes()
+    return contents
 
 
 @pytest.fixture
@@ -55,9 +53,9 @@ def drive(tmp_path):
     folder = tmp_path / "drive"
     folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
@@ -65,16 +63,22 @@ def drive(tmp_path):
 # Each of these is a context in which Drive fails, on a machine that begins, and gives the machine
 # the function `begin`. What it yields is the line by which a reader learns of it; None if there is
 # nothing to tell.
+FAULTS = []
 
 
-@contextlib.contextmanager
+def _fault(function):
+    FAULTS.append(contextlib.contextmanager(function))
+    return FAULTS[-1]
+
+
+@_fault
 def refused(begin, drive, patch):
     patch.setenv("FAKE_DRIVE", "declined")
     begin()
     yield "Without Google Drive (credential propagation was unsuccessful)"
 
 
-@contextlib.contextmanager
+@_fault
 def late_answer(begin, drive, patch):
     """The reader answers when the run has gone on already."""
     patch.setenv("FAKE_DRIVE", "hangs")
@@ -86,7 +90,7 @@ def late_answer(begin, drive, patch):
     yield "Without Google Drive (no answer within 0.3 s)"
 
 
-@contextlib.contextmanager
+@_fault
 def without_my_drive(begin, drive, patch):
     patch.setenv("FAKE_DRIVE", "empty")
     content = begin()
@@ -94,7 +98,7 @@ def without_my_drive(begin, drive, patch):
     shutil.rmtree(content / "drive")
 
 
-@contextlib.contextmanager
+@_fault
 def full(begin, drive, patch):
     begin()
     find_workspace()
@@ -105,7 +109,7 @@ def full(begin, drive, patch):
     (drive / "filler").unlink()
 
 
-@contextlib.contextmanager
+@_fault
 def read_only(begin, drive, patch):
     subprocess.run(["mount", "-o", "remount,ro", str(drive)], check=True)
     begin()
@@ -114,38 +118,37 @@ def read_only(begin, drive, patch):
 
 
 @contextlib.contextmanager
-def _hangs(module, name, drive, patch):
-    """What `name` of `module` does in Drive's folders does not end before the run has."""
-    real, over, waited = getattr(module, name), threading.Event(), []
+def _hangs(name, patch):
+    """No call of `name` of the module mirror ends before the run has."""
+    real, over, waited = getattr(mirror, name), threading.Event(), []
 
     def hang(*arguments):
-        if any("MyDrive" in str(one) for one in arguments):
-            waited.append(over.wait(LONG))
+        waited.append(over.wait(LONG))
         return real(*arguments)
 
-    patch.setattr(module, name, hang)
+    patch.setattr(mirror, name, hang)
     patch.setattr(mirror, "SECONDS", 0.3)
     yield
     assert not waited, "the run waited for Drive"
     over.set()
-    patch.setattr(module, name, real)
+    patch.setattr(mirror, name, real)
 
 
-@contextlib.contextmanager
+@_fault
 def hanging_read(begin, drive, patch):
     begin()
-    with _hangs(mirror, "read_manifest", drive, patch):
+    with _hangs("read_archive", patch):
         yield "Google Drive cannot be read (no answer within 0.3 s)"
 
 
-@contextlib.contextmanager
+@_fault
 def hanging_write(begin, drive, patch):
     begin()
-    with _hangs(Mirror, "_write", drive, patch):
+    with _hangs("write_archive", patch):
         yield "Google Drive does not take this run (no answer within 0.3 s)"
 
 
-@contextlib.contextmanager
+@_fault
 def gone_in_the_middle(begin, drive, patch):
     content = begin()
     find_workspace()
@@ -156,11 +159,11 @@ def gone_in_the_middle(begin, drive, patch):
     (content / "drive").rmdir()
 
 
-@contextlib.contextmanager
+@_fault
 def stale_copy(begin, drive, patch):
     """Drive shows what it held before the last publication."""
     folder, hidden = drive / "qlora_ag_news" / "cpu", {}
-    for path in folder.glob("0*/0002-*"):
+    for path in folder.glob("0*-0002-*"):
         hidden[path] = path.rename(drive / f"hidden-{path.name}")
     assert hidden
     begin()
@@ -169,28 +172,27 @@ def stale_copy(begin, drive, patch):
         where.rename(path)
 
 
-@contextlib.contextmanager
+@_fault
 def half_pushed(begin, drive, patch):
-    """A machine that was taken away in the middle left a folder without a manifest, and one that lacks a file."""
-    folder = drive / "qlora_ag_news" / "cpu" / "02_data_subset"
-    newest = max(folder.iterdir())
-    shutil.copytree(newest, folder / "0008-half")
-    (folder / "0008-half" / "manifest.json").unlink()
-    shutil.copytree(newest, folder / "0009-half")
-    (folder / "0009-half" / "subset" / "train.parquet").unlink()
+    """A machine that was taken away left an archive unfinished, and Drive lost a part of others."""
+    folder = drive / "qlora_ag_news" / "cpu"
+    whole = max(folder.glob("02_data_subset-*")).read_bytes()
+    halves = ["0007-half.tar.partial", "0008-half.tar", "0009-half.tar"]
+    for name, size in zip(halves, (9000, 9000, 0), strict=True):
+        (folder / f"02_data_subset-{name}").write_bytes(whole[:size])
     begin()
-    yield "02_data_subset/0009-half on Google Drive is not complete (No such file or directory): skipped"
-    shutil.rmtree(folder / "0008-half")
-    shutil.rmtree(folder / "0009-half")
+    yield "02_data_subset-0008-half.tar on Google Drive is not complete (unexpected end of data)"
+    for name in halves:
+        (folder / f"02_data_subset-{name}").unlink()
 
 
-@contextlib.contextmanager
+@_fault
 def two_machines(begin, drive, patch):
     begin()
     yield None
 
 
-@contextlib.contextmanager
+@_fault
 def clock_skew(begin, drive, patch):
     """The machine's clock is a day late, and Drive's files are from tomorrow."""
     day, now, utc = 86400, time.time, time.gmtime
@@ -200,22 +202,6 @@ def clock_skew(begin, drive, patch):
     patch.setattr(time, "gmtime", lambda seconds=None: utc(now() - day))
     begin()
     yield None
-
-
-FAULTS = [
-    refused,
-    late_answer,
-    without_my_drive,
-    full,
-    read_only,
-    hanging_read,
-    hanging_write,
-    gone_in_the_middle,
-    stale_copy,
-    half_pushed,
-    two_machines,
-    clock_skew,
-]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
@@ -231,14 +217,14 @@ def test_a_drive_that_fails_loses_nothing(drive, new_machine, monkeypatch, capsy
         mine = publish(seed=3)
         opened, config = open_workspace("02_data_subset")  # the run goes on
         assert (config.seed, rows(opened)) == (3, rows(mine))
-        said = capsys.readouterr().out
-        assert line is None or line in said
+        printed = capsys.readouterr().out
+        assert line is None or line in printed
     find_workspace(True).push()  # the cell that pushes again
     assert "On Google Drive: MyDrive/qlora_ag_news/cpu" in capsys.readouterr().out
     assert before.items() <= everything(drive).items()
     new_machine()
-    found, config = open_workspace("02_data_subset")
-    assert (config.seed, rows(found)) == (3, rows(mine))
+    opened, config = open_workspace("02_data_subset")
+    assert (config.seed, rows(opened)) == (3, rows(mine))
 
 
 def test_a_run_that_cannot_be_read_is_not_said_to_be_missing(new_machine, tmp_path, monkeypatch):
@@ -247,7 +233,7 @@ def test_a_run_that_cannot_be_read_is_not_said_to_be_missing(new_machine, tmp_pa
     new_machine()
     with (
         monkeypatch.context() as patch,
-        _hangs(mirror, "read_manifest", tmp_path / "drive", patch),
+        _hangs("read_archive", patch),
         pytest.raises(WorkspaceError, match=r"without Drive \(no answer within 0.3 s\).*Restart"),
     ):
         open_workspace("02_data_subset")
@@ -269,10 +255,10 @@ def test_settings_that_come_back_are_newer_than_those_between(drive, new_machine
 
 
 def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_machine):
-    """The kernel dies at its first change of Drive, at its second, and so on, until it comes through."""
+    """The kernel dies at the first change of Drive, at the second, and so on, until it is done."""
     new_machine()
     older = rows(publish(seed=1))
-    found, kill_at, status = [], 0, None
+    seen, kill_at, status = [], 0, None
     while status != 0:
         kill_at += 1
         new_machine()
@@ -281,38 +267,34 @@ def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_mac
         _, status = os.waitpid(child, 0)
         new_machine()
         opened, _ = open_workspace("02_data_subset")  # whose files are checked
-        found.append(rows(opened))
+        seen.append(rows(opened))
         assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
-    newer = [data for data in found if data != older]
-    assert kill_at > 10 and found == [older] * (kill_at - len(newer)) + newer
-    assert found[-1] == b"newer"
-
-
-def test_files_that_changed_since_they_were_published_replace_nothing(drive, new_machine):
-    new_machine()
-    workspace = publish(seed=1)
-    workspace.push()
-    before = everything(drive)
-    workspace.write("subset/train.parquet", "newer, and not published yet")
-    push_all(workspace)
-    workspace.push()
-    assert everything(drive) == before
+    newer = [data for data in seen if data != older]
+    assert kill_at > 10 and seen == [older] * (kill_at - len(newer)) + newer
+    assert seen[-1] == b"newer"
+    assert not list(drive.rglob("*.partial"))
 
 
 def _push_and_die(kill_at: int) -> None:
     changes = 0
 
-    def count(event, arguments):
+    def change(*arguments):
         nonlocal changes
+        changes += 1
+        if changes == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event, arguments):
         writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_WRONLY
-        if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
-            changes += "MyDrive" in str(arguments[0])
-            if changes == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+        changing = writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+        if changing and "MyDrive" in str(arguments[0]):
+            change()
 
     try:
         workspace, config = open_workspace("02_data_subset")
-        sys.addaudithook(count)
+        workspace.push()
+        workspace.mirror._jobs.count = change  # each piece that is written or read
+        sys.addaudithook(audit)
         workspace.write("subset/train.parquet", "newer")
         workspace.publish("02_data_subset", vars(config), ["subset"], inputs=("01_setup",))
         workspace.push()
@@ -321,12 +303,23 @@ def _push_and_die(kill_at: int) -> None:
         os._exit(1)
 
 
+def test_files_that_changed_since_they_were_published_are_not_pushed(drive, new_machine, capsys):
+    new_machine()
+    workspace = publish(seed=1)
+    (archive,) = drive.rglob("02_*.tar")
+    archive.unlink()
+    workspace.write("subset/train.parquet", "newer, and not published yet")
+    workspace.push()
+    assert "train.parquet is not what its manifest names" in capsys.readouterr().out
+    assert [path.name[:8] for path in drive.rglob("*.*")] == ["01_setup"]
+
+
 # Training, on a Drive of any size
 
 
-def _train(tiny: str, stop_at: int | None = None):
+def _train(tiny: str, stop_at: int | None = None, **settings):
     """01, 02 and 03, as Run all does them; 03 until a step."""
-    stages.set_up(stages.tiny_config(tiny))
+    stages.set_up(stages.tiny_config(tiny, **settings))
     stages.draw()
     workspace, config = open_workspace("02_data_subset")
     trainer = stages.trainer_for(workspace, config, checkpoint_steps=2)
@@ -338,34 +331,35 @@ def _train(tiny: str, stop_at: int | None = None):
 
 def test_a_training_goes_on_on_another_machine(new_machine, tiny, tmp_path, capsys):
     """01 and 02 run again before 03: they write the same, and disturb nothing."""
-    checkpoints = tmp_path / "drive" / "qlora_ag_news" / "cpu" / "checkpoints"
+    folder = tmp_path / "drive" / "qlora_ag_news" / "cpu"
     new_machine()
     with pytest.raises(TrainingStopped, match="The checkpoint of step 5 is written") as stopped:
         _train(tiny, stop_at=5)
     assert "keep this machine" not in str(stopped.value)  # it was copied
-    assert {path.name for path in checkpoints.iterdir()} == {"checkpoint-5", "checkpoint-4"}
-    shutil.copytree(checkpoints / "checkpoint-5", checkpoints / "checkpoint-7")  # torn
-    (checkpoints / "checkpoint-7" / "optimizer.pt").write_bytes(b"")
+    assert {path.name for path in folder.glob("c*")} == {"checkpoint-5.tar", "checkpoint-4.tar"}
+    damaged = bytearray((folder / "checkpoint-5.tar").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "checkpoint-7.tar").write_bytes(damaged)
     assert "Going on" not in capsys.readouterr().out
     new_machine()
     workspace = _train(tiny)
     workspace.push()
-    said = capsys.readouterr().out
-    assert "checkpoint-7 on Google Drive is not complete (optimizer.pt is not what" in said
-    assert "Going on from the checkpoint of step 5 of 12, written 2" in said
-    assert not checkpoints.exists()  # the training is on Drive
+    printed = capsys.readouterr().out
+    assert "checkpoint-7.tar on Google Drive is not complete" in printed
+    assert "Going on from the checkpoint of step 5 of 12, written 2" in printed
+    assert not list(folder.glob("checkpoint-*"))  # the training is on Drive
     new_machine()
     again = _train(tiny)
     assert "holds the finished training with these settings" in capsys.readouterr().out
-    history = json.loads((again / "training.json").read_text())
-    assert history == json.loads((workspace / "training.json").read_text())
+    history = again.read_json("03_qlora_training", "training.json")
+    assert history == workspace.read_json("03_qlora_training", "training.json")
     assert len(history["train"]) == 12
 
 
-def test_a_drive_that_hangs_holds_no_step_up(new_machine, tiny, tmp_path, monkeypatch, capsys):
+def test_a_drive_that_hangs_holds_no_step_up(new_machine, tiny, monkeypatch, capsys):
     """Nothing that is written to Drive ends before the training has."""
     new_machine()
-    with monkeypatch.context() as patch, _hangs(Mirror, "_write", tmp_path / "drive", patch):
+    with monkeypatch.context() as patch, _hangs("write_archive", patch):
         workspace = _train(tiny)
         workspace.push()
         assert "does not take this run (no answer within 0.3 s)" in capsys.readouterr().out
@@ -377,59 +371,44 @@ def test_a_drive_that_hangs_holds_no_step_up(new_machine, tiny, tmp_path, monkey
 
 
 def test_checkpoints_stay_on_drive_until_the_training_is_there(
-    new_machine, tiny, tmp_path, patch_write
+    new_machine, tiny, tmp_path, monkeypatch
 ):
+    def write_archive(path, *arguments):
+        if path.name.startswith("03_"):
+            raise OSError(28, "No space left on device")
+        write(path, *arguments)
+
+    write = mirror.write_archive
+    monkeypatch.setattr(mirror, "write_archive", write_archive)
     new_machine()
-    patch_write("adapter_model.safetensors")
-    workspace = _train(tiny)
-    workspace.push()
+    _train(tiny).push()
     folder = tmp_path / "drive" / "qlora_ag_news" / "cpu"
-    assert (folder / "checkpoints").exists() and not list(folder.glob("03_*/*"))
+    assert list(folder.glob("checkpoint-*")) and not list(folder.glob("03_*"))
 
 
-@pytest.fixture
-def patch_write(monkeypatch):
-    """A function that makes Drive refuse files of this name."""
-    real = Mirror._write
-
-    def refuse(name):
-        def write(self, source, target, *digest):
-            if target.name == name:
-                raise OSError(28, "No space left on device")
-            real(self, source, target, *digest)
-
-        monkeypatch.setattr(Mirror, "_write", write)
-
-    return refuse
-
-
-def test_an_earlier_training_can_be_compared_with_on_another_machine(new_machine, tiny, tmp_path):
+def test_an_earlier_training_can_be_compared_with_on_another_machine(new_machine, tiny):
     histories = []
     for seed in (1, 2):
         new_machine()
-        stages.set_up(stages.tiny_config(tiny, seed=seed))
-        stages.draw()
-        histories.append(json.loads(json.dumps(stages.train())))
-        find_workspace().push()
+        workspace = _train(tiny, seed=seed)
+        workspace.push()
+        histories.append(workspace.read_json("03_qlora_training", "training.json"))
     new_machine()
-    workspace, _ = open_workspace("03_qlora_training")
-    assert list(workspace.earlier_json("training.json").values()) == histories[:1]
-    assert workspace.read_json("03_qlora_training", "training.json") == histories[1]
-    assert find_workspace().earlier_json("training.json").keys() == {
-        path.name for path in (workspace / "earlier").iterdir()
+    for _ in range(2):
+        workspace, _ = open_workspace("03_qlora_training")
+        assert list(workspace.earlier_json("training.json").values()) == histories[:1]
+        assert workspace.read_json("03_qlora_training", "training.json") == histories[1]
+
+
+def test_a_checkpoint_of_another_training_is_replaced(tmp_path):
+    run, root = mirror.Mirror(tmp_path, "cpu"), tmp_path / "checkpoint"
+    for step, content in [(1, "one"), (2, "two"), (3, "three"), (3, "three, other settings")]:
+        write_text(root / "state", content)
+        manifest = manifest_of(root, ["state"], step=step)
+        run.push("checkpoint", f"checkpoint-{step}", root, manifest)
+        assert run.done(LONG)
+    archives = {
+        path.name: read_archive(path, lambda size: None)["files"] for path in run.folder.iterdir()
     }
-
-
-def test_a_checkpoint_that_changed_does_not_pass_for_one_that_is_on_drive(drive, tmp_path):
-    """Drive has another training's checkpoint of that step: it goes, and the failure is said."""
-    mirror_of_run, root = Mirror(drive, "cpu"), tmp_path / "checkpoint-1"
-    for content in ("one", "two"):
-        files.write_text(root / "state", content)
-        manifest = files.manifest_of(root, ["state"], step=1)
-        if content == "two":
-            files.write_text(root / "state", "being written")
-            with pytest.raises(ValueError, match="state is not what its manifest names"):
-                mirror_of_run._copy_out("checkpoints/checkpoint-1", root, manifest)
-        else:
-            mirror_of_run._copy_out("checkpoints/checkpoint-1", root, manifest)
-    assert not (mirror_of_run.folder / "checkpoints" / "checkpoint-1").exists()
+    assert archives.keys() == {"checkpoint-2.tar", "checkpoint-3.tar"}
+    assert archives["checkpoint-3.tar"] == manifest["files"]

@@ -1,5 +1,5 @@
-"""FAKE_DRIVE: allowed (the default), declined, failed, unsupported, hangs, or empty (mounted, without MyDrive). FAKE_DRIVE_FOLDER is
-what the reader's Drive holds."""
+"""FAKE_DRIVE: allowed (the default), declined, failed, unsupported, hangs, or empty (mounted,
+without MyDrive). FAKE_DRIVE_FOLDER is what the reader's Drive holds."""
 
 import os
 import time

@@ -16,7 +16,8 @@ import torch
 from qlora_helpers import LossPanel, Workspace, training
 from qlora_helpers.errors import ModelError, QLoraError, TrainingStopped, WorkspaceError
 from qlora_helpers.run.checkpoints import Checkpoints
-from qlora_helpers.run.files import read_manifest, sealed, sha256
+from qlora_helpers.run.files import sha256
+from qlora_helpers.run.manifest import read_manifest, sealed
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +50,17 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
+def _stop(prepared, step: int, **options):
+    """Stop a training after `step` steps, and return its workspace and trainer."""
+    run, trainer = prepared(**options)
+    stages.stop_at(trainer, step)
+    with pytest.raises(TrainingStopped):
+        stages.fit(run, trainer)
+    return run, trainer
+
+
 def _finish(prepared, workspace) -> dict:
-    run, trainer = prepared()
-    stages.fit(run, trainer)
+    stages.fit(*prepared())
     stages.evaluate()
     return stages.result(workspace)
 
@@ -63,10 +72,8 @@ def test_an_interrupt_inside_an_accumulation_loses_nothing(
     run, trainer = prepared()
     stages.stop_at(trainer, step)
     panel = LossPanel(run)
-    with pytest.raises(
-        TrainingStopped,
-        match=rf"Stopped at step {step} of 12. The checkpoint of step {step} is written: it goes on",
-    ):
+    message = f"Stopped at step {step} of 12. The checkpoint of step {step} is written: it goes on"
+    with pytest.raises(TrainingStopped, match=message):
         stages.fit(run, trainer, panel)
     assert f"The checkpoint of step {step} is written" in panel.status.value
     assert set(_names(workspace / "checkpoints")) == {
@@ -81,15 +88,13 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
     prepared, workspace, uninterrupted, number, step
 ):
     run, trainer = prepared()
-    handlers, done = (
-        [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)],
-        trainer.training_step,
-    )
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    train_step = trainer.training_step
 
     def training_step(*args, **kwargs):
         if trainer.state.global_step == step - 1:
             os.kill(os.getpid(), number)
-        return done(*args, **kwargs)
+        return train_step(*args, **kwargs)
 
     trainer.training_step = training_step
     with pytest.raises(TrainingStopped, match="Stopped"):
@@ -141,92 +146,71 @@ def test_time_spent_before_is_counted_and_skipped_steps_too(prepared):
 
 def test_a_cut_that_memory_now_allows_does_not_change_the_rest(prepared, workspace, uninterrupted):
     """Another micro-batch rounds otherwise: a training goes on with the plan that it began with."""
-    run, trainer = prepared()
-    stages.stop_at(trainer, 5)
-    with pytest.raises(TrainingStopped):
-        stages.fit(run, trainer)
-    run, config = stages.open_workspace("02_data_subset")
-    trainer = stages.trainer_for(run, config)
-    trainer.plan = dataclasses.replace(
-        trainer.plan, micro_batch_size=8, gradient_accumulation_steps=1
-    )
-    trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps = 8, 1
-    stages.fit(run, trainer)
+    _stop(prepared, 5)
+    plan = dataclasses.replace(stages.PLAN, micro_batch_size=8, gradient_accumulation_steps=1)
+    stages.fit(*prepared(plan=plan))
     stages.evaluate()
     assert stages.result(workspace) == uninterrupted
 
 
 def test_other_settings_refuse_to_go_on_and_say_which(prepared, workspace, tiny):
-    run, trainer = prepared()
-    stages.stop_at(trainer, 3)
-    with pytest.raises(TrainingStopped):
-        stages.fit(run, trainer)
-    for settings, said in (
+    _stop(prepared, 3)
+    for settings, fields in (
         ({"learning_rate": 0.02}, "learning_rate was 0.01 and is now 0.02"),
         ({"lora_r": 8}, "LoraConfig.r was 4 and is now 8; lora_r was 4"),
-        ({"seed": 7}, "seed was 42 and is now 7"),
         ({"num_epochs": 3}, "num_epochs was 2 and is now 3"),
     ):
         stages.set_up(stages.tiny_config(tiny, **settings))
         stages.draw()
         run, trainer = prepared()
-        with pytest.raises(
-            WorkspaceError,
-            match="checkpoint-3 is of an unfinished training with "
-            rf"other settings: .*{said}.*delete .*/chec",
-        ):
+        message = f"checkpoint-3 is of an unfinished training with other settings: .*{fields}"
+        with pytest.raises(WorkspaceError, match=f"{message}.*delete .*/checkpoints"):
             stages.fit(run, trainer)
     shutil.rmtree(workspace / "checkpoints")  # the remedy
     assert len(stages.fit(run, trainer)["train"]) == 6 * 3
 
 
 def test_other_rows_refuse_to_go_on(prepared):
-    run, trainer = prepared()
-    stages.stop_at(trainer, 3)
-    with pytest.raises(TrainingStopped):
-        stages.fit(run, trainer)
+    run, trainer = _stop(prepared, 3)
     frame = stages.pd.read_parquet(run / "subset" / "train.parquet")
     run.write("subset/train.parquet", frame.iloc[::-1].to_parquet())
     run.publish("02_data_subset", vars(trainer.config), ["subset"], inputs=("01_setup",))
-    with pytest.raises(
-        WorkspaceError, match="02_data_subset was run .* after this notebook had read"
-    ):
+    with pytest.raises(WorkspaceError, match="02_data_subset was run .* this notebook had read"):
         stages.fit(run, trainer)
-    run, trainer = prepared()
     with pytest.raises(WorkspaceError, match="unfinished training with other data"):
-        stages.fit(run, trainer)
+        stages.fit(*prepared())
 
 
 def test_a_torn_checkpoint_is_skipped_with_a_line(prepared, workspace, uninterrupted, capsys):
-    run, trainer = prepared(checkpoint_steps=1)
-    stages.stop_at(trainer, 5)
-    with pytest.raises(TrainingStopped):
-        stages.fit(run, trainer)
+    _stop(prepared, 5, checkpoint_steps=1)
     folder = workspace / "checkpoints"
     assert _names(folder) == ["checkpoint-4", "checkpoint-5"]
     with open(folder / "checkpoint-5" / "optimizer.pt", "r+b") as file:
         file.truncate(1000)
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-9.partial")
     assert _finish(prepared, workspace) == uninterrupted
-    said = capsys.readouterr().out
-    assert (
-        "checkpoint-5 is not complete (optimizer.pt is not what its manifest names): skipped."
-        in said
-    )
-    assert (
-        "checkpoint-9.partial was not finished" in said
-        and "Going on from the checkpoint of step 4 of 12" in said
-    )
+    printed = capsys.readouterr().out
+    assert "checkpoint-5 is not complete (optimizer.pt is not what its manifest" in printed
+    assert "Going on from the checkpoint of step 4 of 12" in printed
+
+
+def test_a_checkpoint_with_a_file_that_its_manifest_does_not_name_is_skipped(tmp_path, capsys):
+    checkpoints = Checkpoints(tmp_path)
+    identity = {"settings": {"seed": 1}, "data": "rows"}
+    assert checkpoints.newest(identity) is None
+    for step in (1, 2, 10, 11):
+        assert checkpoints.write(step, lambda folder: (folder / "state").touch(), facts=step)
+    assert _names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
+    (tmp_path / "checkpoint-11" / "scaler.pt").touch()
+    path, manifest = checkpoints.newest(identity)
+    assert (path.name, manifest["facts"]) == ("checkpoint-10", 10)
+    assert "11 is not complete (its manifest does not name scaler.pt)" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_due_by_minutes(prepared, monkeypatch):
     run, trainer = prepared(checkpoint_minutes=0.0)
-    written, write = [], Checkpoints.write
-    monkeypatch.setattr(
-        Checkpoints,
-        "write",
-        lambda self, step, *a, **k: written.append(step) or write(self, step, *a, **k),
-    )
+    written = []
+    monkeypatch.setattr(Checkpoints, "write", lambda self, step, *a, **k: written.append(step))
     stages.fit(run, trainer)
     assert written == list(range(1, 13))
 
@@ -238,29 +222,17 @@ def test_only_safetensors_json_and_plain_state_are_read(prepared, workspace, tmp
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "ran"),)
 
-    run, trainer = prepared()
-    stages.stop_at(trainer, 3)
-    with pytest.raises(TrainingStopped):
-        stages.fit(run, trainer)
+    _stop(prepared, 3)
     folder = workspace / "checkpoints" / "checkpoint-3"
-    assert {path.name for path in folder.iterdir()} == {
-        "adapter.safetensors",
-        "best.safetensors",
-        "manifest.json",
-        "optimizer.pt",
-        "rng_state.pth",
-        "scheduler.pt",
-        "trainer_state.json",
-    }
+    stems = "adapter best manifest optimizer rng_state scheduler trainer_state"
+    assert " ".join(sorted(path.stem for path in folder.iterdir())) == stems
     (folder / "rng_state.pth").write_bytes(pickle.dumps(Payload()))
     manifest = read_manifest(folder / "manifest.json")
     manifest["files"]["rng_state.pth"] = sha256(folder / "rng_state.pth")
     (folder / "manifest.json").write_text(sealed(manifest))
-    run, trainer = prepared()
-    with pytest.raises(
-        WorkspaceError, match="checkpoint-3 holds more than the state of a training .* delete it"
-    ):
-        stages.fit(run, trainer)
+    message = "checkpoint-3 holds more than the state of a training .* delete it"
+    with pytest.raises(WorkspaceError, match=message):
+        stages.fit(*prepared())
     assert not (tmp_path / "ran").exists()
 
 
@@ -292,32 +264,31 @@ def test_weights_that_are_not_numbers_are_never_kept(prepared, workspace):
     assert _names(workspace / "checkpoints") == ["checkpoint-1", "checkpoint-2"]
 
 
-def _mounted(folder: Path, options: str) -> None:
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.strip()}")
+@pytest.fixture
+def small_disk(tmp_path, monkeypatch):
+    """A workspace on a disk of 1.4 MB; a checkpoint of the tiny model takes 0.3."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1400k", "tmpfs", folder]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    monkeypatch.setenv("QLORA_WORKSPACE", str(folder / "run"))
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.fixture
-def small_disk(tmp_path, monkeypatch):
-    """A workspace on a disk of a mebibyte; the tiny model's checkpoints take 0.3."""
-    folder = tmp_path / "disk"
-    _mounted(folder, "size=1400k")
-    monkeypatch.setenv("QLORA_WORKSPACE", str(folder / "run"))
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_a_full_disk_loses_nothing_before(small_disk, tiny, uninterrupted, capsys):
+def prepared_on_disk(small_disk, tiny):
+    """A workspace with its subset on the small disk, and a trainer."""
     stages.set_up(stages.tiny_config(tiny))
     stages.draw()
     run, config = stages.open_workspace("02_data_subset")
-    trainer = stages.trainer_for(run, config, checkpoint_steps=1)
+    return run, stages.trainer_for(run, config, checkpoint_steps=1)
+
+
+def test_a_full_disk_loses_nothing_before(small_disk, prepared_on_disk, uninterrupted, capsys):
+    run, trainer = prepared_on_disk
     on_step_end, filler = trainer.watch.on_step_end, small_disk / "filler"
 
     def fill(args, state, control, **kwargs):
@@ -327,16 +298,12 @@ def test_a_full_disk_loses_nothing_before(small_disk, tiny, uninterrupted, capsy
             filler.write_bytes(b"x" * (free.f_bavail * free.f_bsize - 40_000))
 
     trainer.watch.on_step_end = fill
-    with pytest.raises(
-        WorkspaceError,
-        match="adapter.* cannot be written .*No space left.*Free some space there; then run this",
-    ):
+    message = "adapter.* cannot be written .*No space left.*Free some space there"
+    with pytest.raises(WorkspaceError, match=message):
         stages.fit(run, trainer)
-    said = capsys.readouterr().out
-    assert (
-        "The checkpoint of step 4 cannot be written" in said
-        and "the one of step 3 is kept. Training goes on" in said
-    )
+    printed = capsys.readouterr().out
+    assert "The checkpoint of step 4 cannot be written" in printed
+    assert "the one of step 3 is kept. Training goes on" in printed
     assert _names(run / "checkpoints") == ["checkpoint-2", "checkpoint-3"]
     filler.unlink()
     stages.train()
@@ -346,25 +313,16 @@ def test_a_full_disk_loses_nothing_before(small_disk, tiny, uninterrupted, capsy
 
 def test_a_workspace_that_is_read_only_is_named_before_training(small_disk, prepared_on_disk):
     run, trainer = prepared_on_disk
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    message = "cannot be written .*Read-only file system.*QLORA_WORKSPACE"
     for write in (
         lambda: stages.fit(run, trainer),
         lambda: run.publish("02_data_subset", vars(trainer.config), ["subset"]),
         stages.draw,
     ):
-        with pytest.raises(
-            WorkspaceError, match="cannot be written .*Read-only file system.*QLORA_WORKSPACE"
-        ):
+        with pytest.raises(WorkspaceError, match=message):
             write()
     assert trainer.state.global_step == 0
-
-
-@pytest.fixture
-def prepared_on_disk(small_disk, tiny):
-    stages.set_up(stages.tiny_config(tiny))
-    stages.draw()
-    run, config = stages.open_workspace("02_data_subset")
-    return run, stages.trainer_for(run, config)
 
 
 def test_two_notebooks_in_one_workspace(prepared, workspace):
@@ -373,28 +331,16 @@ def test_two_notebooks_in_one_workspace(prepared, workspace):
     with run.hold("03_qlora_training"):
         said = (workspace / ".lock.txt").read_text()
     assert said.startswith(f"03_qlora_training, process {os.getpid()}, since ")
-    code = (
-        "import fcntl, sys\nfile = open(sys.argv[1])\nfcntl.flock(file, fcntl.LOCK_EX)\n"
-        "print('held', flush=True)\nsys.stdin.read()"
-    )  # until it is killed
-    other = subprocess.Popen(
-        [sys.executable, "-c", code, str(workspace / ".lock")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    code = "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_EX); "
+    code += "print('held', flush=True); sys.stdin.read()"  # until it is killed
+    command, pipe = [sys.executable, "-c", code, workspace / ".lock"], subprocess.PIPE
+    other = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+    message = r"another notebook is writing to .*\(03_qlora_training, process \d+, since"
     try:
         assert other.stdout.readline() == "held\n"
         before = {path: path.stat().st_mtime_ns for path in workspace.rglob("*")}
-        for write in (
-            lambda: stages.fit(run, trainer),
-            stages.draw,
-            lambda: run.write("note", "x"),
-        ):
-            with pytest.raises(
-                WorkspaceError,
-                match=r"another notebook is writing to .*\(03_qlora_training, process \d+, since",
-            ):
+        for write in (lambda: stages.fit(run, trainer), stages.draw, lambda: run.write("a", "x")):
+            with pytest.raises(WorkspaceError, match=message):
                 write()
         assert {path: path.stat().st_mtime_ns for path in workspace.rglob("*")} == before
     finally:
@@ -415,47 +361,33 @@ def test_training_outside_the_main_thread_needs_no_signals(prepared, workspace):
 def test_no_secret_is_written(prepared, workspace, monkeypatch, capfd):
     secret = "hf_" + "Secret" * 5
     monkeypatch.setenv("HF_TOKEN", secret)
-    run, trainer = prepared(checkpoint_steps=1)
-    stages.stop_at(trainer, 7)
-    with pytest.raises(TrainingStopped):
-        stages.fit(run, trainer)
-    kept = b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
+    _stop(prepared, 7, checkpoint_steps=1)
+    written = [path.read_bytes() for path in workspace.rglob("*") if path.is_file()]
     stages.train()
-    kept += b"".join(path.read_bytes() for path in workspace.rglob("*") if path.is_file())
-    assert (
-        len(kept) > 100_000
-        and secret.encode() not in kept
-        and secret not in "".join(capfd.readouterr())
-    )
+    written += [path.read_bytes() for path in workspace.rglob("*") if path.is_file()]
+    assert sum(map(len, written)) > 100_000 and secret.encode() not in b"".join(written)
+    assert secret not in "".join(capfd.readouterr())
 
 
-@pytest.mark.parametrize(
-    "kills", [pytest.param(5, id="5"), pytest.param(40, id="40", marks=pytest.mark.slow)]
-)
+def _run(*arguments) -> subprocess.CompletedProcess:
+    env, root = os.environ | {"OMP_NUM_THREADS": "1"}, Path(stages.__file__).parents[1]
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_ends_as_if_never_stopped(tiny, tmp_path, kills):
-    done = subprocess.run(
-        [sys.executable, stages.__file__, tiny, str(tmp_path / "runs"), str(kills), str(kills)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(stages.__file__).parents[1],
-    )
+    done = _run(stages.__file__, tiny, tmp_path / "runs", str(kills), str(kills))
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} of {kills} ended as the run that was never stopped." in done.stdout
 
 
 @pytest.mark.slow
-def test_a_second_and_third_run_in_one_kernel_hold_no_more_memory(tmp_path):
+def test_a_second_and_third_run_in_one_kernel_hold_no_more_memory(tmp_path, monkeypatch):
     """Anonymous memory, of the embedded model, by the cells of 03."""
-    code = Path(__file__).with_name("memory.py")
-    done = subprocess.run(
-        [sys.executable, code],
-        capture_output=True,
-        text=True,
-        cwd=code.parents[1],
-        env=os.environ | {"QLORA_WORKSPACE": str(tmp_path / "run"), "OMP_NUM_THREADS": "1"},
-    )
+    monkeypatch.setenv("QLORA_WORKSPACE", str(tmp_path / "run"))
+    done = _run(Path(stages.__file__).with_name("memory.py"))
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     first, *later = json.loads(done.stdout.splitlines()[-1])
@@ -463,6 +395,5 @@ def test_a_second_and_third_run_in_one_kernel_hold_no_more_memory(tmp_path):
 
 
 def test_errors_are_for_readers():
-    assert issubclass(TrainingStopped, QLoraError) and TrainingStopped(
-        "x"
-    )._render_traceback_() == ["TrainingStopped: x"]
+    assert issubclass(TrainingStopped, QLoraError)
+    assert TrainingStopped("x")._render_traceback_() == ["TrainingStopped: x"]
