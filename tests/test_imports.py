@@ -10,7 +10,8 @@ import qlora_helpers
 ROOT = Path(qlora_helpers.__file__).parent
 TESTS = Path(__file__).parent
 # README's map names the front files in order: each may import those above it.
-FRONT = re.findall(r"^      (\w+)\.py ", (ROOT.parent / "README.md").read_text("utf-8"), re.M)
+MAP = (ROOT.parent / "README.md").read_text("utf-8").partition("    qlora_helpers/\n")[2]
+FRONT = re.findall(r"^      (\w+)\.py ", MAP, re.M)
 USE_RUN = {"training", "adapter", "classifier", "export"}
 USE_HUB = {"data", "model", "adapter"}
 MAX_DEPTH = 8
