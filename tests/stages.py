@@ -94,7 +94,7 @@ def trainer_for(
     )
     model = attach_lora(load_base_model(config), lora, config.seed)
     tokenizer = load_tokenizer(config)
-    return LabelTrainer(model, tokenizer, subset, config, plan, **{"loss": label_loss} | options)
+    return LabelTrainer(model, tokenizer, subset, config, plan, loss=label_loss, **options)
 
 
 def fit(workspace: Workspace, trainer: LabelTrainer, panel: LossPanel | None = None) -> dict:
@@ -133,9 +133,10 @@ def stop_at(trainer: LabelTrainer, step: int) -> None:
 
     def compute_loss(model, *args, **kwargs):
         nonlocal batches
-        batches += model.training and trainer.state.global_step == step
-        if batches == 2:
-            raise KeyboardInterrupt
+        if model.training and trainer.state.global_step == step:
+            batches += 1
+            if batches == 2:
+                raise KeyboardInterrupt
         return compute(model, *args, **kwargs)
 
     trainer.compute_loss = compute_loss

@@ -13,8 +13,7 @@ step. KEPT is "all" or "none" of the decoder layers' activations kept for backwa
 the package plan. A step is forward, backward, clipping at 1.0 and AdamW, with a GradScaler in
 float16.
 
-The first line says what loading took: seconds, peak reserved GPU memory, and the anonymous host
-memory before and at its peak. Each other line holds training and scoring rows/s (medians of
+The first line says what loading took. Each other line holds training and scoring rows/s (medians of
 --repeats), peak reserved GiB of both, `first_step_s` (from attaching LoRA to the end of a step on
 the longest rows), `steps` and `mean_loss` of the last repeat; or `out_of_memory`.
 """
@@ -26,7 +25,6 @@ import json
 import random
 import resource
 import statistics
-import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -67,32 +65,16 @@ def main() -> None:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         loading.compute_dtype = lambda: (torch.float16, "asked for by --force-t4")
-    base = load(args.checkpoint)
+    start = time.perf_counter()
+    config = RunConfig("cpu", args.checkpoint, "sample", 1, 1, 1, learning_rate=2e-4)
+    base = loading.load_base_model(config)
+    seconds = round(time.perf_counter() - start, 1)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    loaded = {"load_s": seconds, "load_peak_gib": peak_gib(), "dtype": str(base.dtype)}
+    print(json.dumps(loaded | {"device": device, "torch": torch.__version__}), flush=True)
     for setting in args.settings:
         result = {"setting": setting} | measure(base, tokens, setting, args.repeats)
         print(json.dumps(result), flush=True)
-
-
-def load(checkpoint: str):
-    """Load the base model, print what that took, and return it."""
-    if torch.cuda.is_available():
-        torch.zeros(1).cuda()  # CUDA's own share of the host memory comes before
-    with HostMemory() as host:
-        start = time.perf_counter()
-        config = RunConfig("cpu", checkpoint, "sample", 1, 1, 1, learning_rate=2e-4)
-        base = loading.load_base_model(config)
-        seconds = time.perf_counter() - start
-    result = {
-        "load_s": round(seconds, 1),
-        "load_peak_gib": peak_gib(),
-        "load_host_gib_before": host.before,
-        "load_host_gib_peak": host.peak,
-        "dtype": str(base.dtype),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "torch": torch.__version__,
-    }
-    print(json.dumps(result), flush=True)
-    return base
 
 
 def measure(base, tokens: dict, setting: str, repeats: int) -> dict:
@@ -224,30 +206,6 @@ def score(model, logits, batches: list[list[list[int]]]) -> float:
     for batch in batches:
         logits(model, batch).cpu()
     return sum(map(len, batches)) / (time.perf_counter() - start)
-
-
-class HostMemory:
-    """This process' anonymous memory in GiB: `before` the block, and its `peak` while it runs."""
-
-    def __enter__(self):
-        self.before = self.peak = self.now()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-        return self
-
-    def watch(self):
-        while not self.done.wait(0.005):
-            self.peak = max(self.peak, self.now())
-
-    def __exit__(self, *error):
-        self.done.set()
-        self.thread.join()
-
-    @staticmethod
-    def now() -> float:
-        status = Path("/proc/self/status").read_text()
-        return round(int(status.split("RssAnon:")[1].split()[0]) / 2**20, 2)
 
 
 def synchronize() -> None:

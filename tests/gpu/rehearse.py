@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 MISTRAL_COMMON = "mistral-common==1.13.1"
 TOKENIZER_FILE = "mistral_common/data/tokenizer.model.v1"
 TRAINING_CELL = "trainer.fit("
-SLOW_CELL = 2.0  # seconds: such cells are listed
+SLOW_CELL = 2.0  # seconds: such cells are listed by their last line
 FRESH_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "REHEARSAL_PEAKS")
 MODELS = {
     "mistral": {"QLORA_TEST_SIZE": "1000"},
@@ -154,7 +154,7 @@ def rehearse(model: str, workspace: Path) -> dict[str, str]:
         for cell in notebook.cells:
             took = cell_seconds(cell)
             if took >= SLOW_CELL:
-                print(f"    {took:6.1f} s  {first_line(cell)}", flush=True)
+                print(f"    {took:6.1f} s  {cell.source.splitlines()[-1]}", flush=True)
             if took and TRAINING_CELL in cell.source:
                 training_seconds = took
     return column(workspace, seconds, peaks, training_seconds)
@@ -168,12 +168,6 @@ def cell_seconds(cell) -> float:
     texts = (times["iopub.status.busy"], times["iopub.status.idle"])
     busy, idle = (datetime.fromisoformat(text.replace("Z", "+00:00")) for text in texts)
     return (idle - busy).total_seconds()
-
-
-def first_line(cell) -> str:
-    """Return the first line of a code cell that is not an import."""
-    lines = [line for line in cell.source.splitlines() if line.strip()]
-    return next((line for line in lines if "import" not in line and "   " not in line), lines[0])
 
 
 def column(workspace: Path, seconds: dict, peaks: list, training_seconds: float) -> dict[str, str]:
