@@ -56,7 +56,7 @@ def allowed(module: str, other: str) -> bool:
         others = {"colab": {"front", "run", "fast"}, "widgets": {"front"}}.get(here, set())
         return there in others | {here}
     if there == "front":
-        return other in FRONT[: FRONT.index(module)]
+        return {module, other} <= set(FRONT) and FRONT.index(other) < FRONT.index(module)
     if there == "run":
         return module in USE_RUN
     return there == "fast" or (other == "colab.hub" and module in USE_HUB)
