@@ -128,11 +128,17 @@ def measure(base, tokens: dict, setting: str, repeats: int) -> dict:
         model.zero_grad(set_to_none=True)
         del step
         reset_peak()
-        groups = batched(order, 16)
-        if path == "fused":
-            groups = scoring.length_batches(prompts, scoring.TOKENS_PER_BATCH[model.device.type])
-        groups = [[prompts[i] for i in group] for group in groups]
-        rates = [score(model.eval(), logits, groups) for _ in range(repeats)]
+        rates, budget = [], scoring.TOKENS_PER_BATCH[model.device.type]
+        while len(rates) < repeats:
+            fused = path == "fused"
+            groups = scoring.length_batches(prompts, budget) if fused else batched(order, 16)
+            groups = [[prompts[i] for i in group] for group in groups]
+            try:
+                rates.append(score(model.eval(), logits, groups))
+            except torch.OutOfMemoryError:
+                if not fused or budget < 1024:
+                    raise
+                budget //= 2  # as the package does
         result |= {
             "score_rows_per_s": round(statistics.median(rates), 2),
             "score_peak_reserved_gib": peak_gib(),

