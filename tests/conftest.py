@@ -120,7 +120,7 @@ def new_machine(tmp_path, monkeypatch):
         hub_token: ["_found"],
         _auth: ["_IS_GOOGLE_COLAB_CHECKED", "_GOOGLE_COLAB_SECRET"],
     }
-    monkeypatch.syspath_prepend(Path(__file__).parent / "fake_colab")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "colab")
     monkeypatch.setattr(drive, "MOUNT_SECONDS", LONG_SECONDS)
     monkeypatch.setattr(hub_token, "SECRET_SECONDS", LONG_SECONDS)
     monkeypatch.setenv("FAKE_DRIVE_FOLDER", str(tmp_path / "drive"))

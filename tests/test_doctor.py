@@ -73,7 +73,7 @@ def t4(monkeypatch):
 
 @pytest.fixture
 def a_colab(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent / "fake_colab")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "colab")
     monkeypatch.setattr(machine, "CONTENT", tmp_path / "content")
     monkeypatch.setattr(drive, "_without", "credential propagation was unsuccessful")
     monkeypatch.setattr(hub_token, "_found", None)
