@@ -259,7 +259,9 @@ def main(tiny: str, folder: str, kills: str, seed: str) -> None:
             shutil.rmtree(folder / "killed")
             at = type(at)(0.8 * at)
             status, _, _ = run("killed", **{kind: at})
-        checkpoints = sorted(path.name for path in (folder / "killed").glob("checkpoints/*"))
+        checkpoints = sorted(
+            path.name for path in (folder / "killed").glob("checkpoints/checkpoint*")
+        )
         again, said, _ = run("killed")
         ok = status == -number and again == 0 and result(folder / "killed") == expected
         same += ok
