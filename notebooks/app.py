@@ -8,14 +8,13 @@ from qlora_helpers.widgets.markup import escape
 
 try:
     classifier = HeadlineClassifier.from_workspace()
-except QLoraError as error:  # Voila would show that something failed, and not what
+except QLoraError as error:  # Voila alone would say that something failed, not what
     display(HTML(f"<h2>Not ready</h2><p>{escape(str(error))}</p>"))
 else:
+    model, labels = escape(classifier.config.base_model), escape(", ".join(classifier.labels))
     display(
-        HTML(
-            f"<h2>Type a headline</h2><p>Its label, by {escape(classifier.config.base_model)} and this run's adapter: one of "
-            f"{escape(', '.join(classifier.labels))}.</p>"
-        ),
+        HTML("<h2>Type a headline</h2>"),
+        HTML(f"<p>Its label, by {model} and this run's adapter: one of {labels}.</p>"),
         HeadlinePanel(classifier, EXAMPLES if classifier.labels == LABELS else ()),
         HTML("<h2>Or a file</h2>"),
         FilePanel(classifier),

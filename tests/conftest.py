@@ -1,4 +1,4 @@
-"""What the unit tests share: an environment without settings, the cpu profile, the embedded model and a tiny one."""
+"""Fixtures of all tests: no settings but the cpu profile, the embedded model and a tiny one."""
 
 import gc
 import json
@@ -23,15 +23,19 @@ from qlora_helpers.model import attach_lora, load_base_model, load_tokenizer
 from qlora_helpers.run.files import write_text
 from qlora_helpers.run.workspace import Workspace
 
-# the embedded model in memory; and runs that the notebooks made with it
+# Fixtures with the embedded model in memory, or with a run that the notebooks made with it.
 REAL_MODEL = {"base", "notebook_workspace", "run_folder"}
-LONG = 300  # seconds: what answers does so in time, on a busy machine too
+LONG_SECONDS = 300  # so that no wait ends early on a busy machine
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)  # see the fixture `threads`
 
 
+def settings() -> list[str]:
+    return [name for name in os.environ if name.startswith("QLORA_")]
+
+
 class NotebookRules:
-    """What nbval compares: text alone. Progress bars go to stderr, HTML repeats the text, pictures differ by a pixel."""
+    """Let nbval compare text alone: stderr holds progress bars, and pictures differ by a pixel."""
 
     def pytest_collectstart(self, collector):
         if hasattr(collector, "skip_compare"):
@@ -39,14 +43,12 @@ class NotebookRules:
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--pictures", type=Path, help="a folder for screenshots of the panels in the browser"
-    )
+    parser.addoption("--pictures", type=Path, help="a folder for screenshots of the panels")
 
 
 def pytest_configure(config):
-    """The notebooks' kernels inherit this environment: the cpu profile, in a workspace of this session."""
-    for name in [name for name in os.environ if name.startswith("QLORA_")]:
+    """Set the environment that the notebooks' kernels inherit: profile and workspace."""
+    for name in settings():
         del os.environ[name]
     config.notebook_workspace = Path(tempfile.mkdtemp(prefix="qlora_notebooks_"))
     os.environ |= {"QLORA_PROFILE": "cpu", "QLORA_WORKSPACE": str(config.notebook_workspace)}
@@ -66,16 +68,15 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Collections look only at what tests make: loading a model begins with one, which would else
-    take half a second for the packages that are imported."""
+    """Keep imported packages out of garbage collections: each would take half a second, and loading
+    a model begins with one."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def threads(request):
-    """One thread for tests with tiny models: tensors this small only wait for a second one, on a
-    busy machine for long."""
+    """Use one thread for tests with tiny models, where a second one only makes the first wait."""
     torch.set_num_threads(THREADS if request.node.get_closest_marker("real_model") else 1)
 
 
@@ -84,16 +85,14 @@ def notebook_workspace(request) -> Path:
     """The workspace that nbval's run of the notebooks left, earlier in this session."""
     folder = request.config.notebook_workspace
     if not (folder / "manifests" / "04_evaluation.json").exists():
-        pytest.skip(
-            "the notebooks did not run in this session: use `make test`, which runs them first"
-        )
+        pytest.skip("the notebooks did not run in this session: `make test` runs them first")
     return folder
 
 
 @pytest.fixture(autouse=True)
 def cpu_profile(monkeypatch):
-    """Only the cpu profile is set, whatever the shell that started the tests holds."""
-    for name in [name for name in os.environ if name.startswith("QLORA_")]:
+    """Set the cpu profile alone, whatever the shell that started the tests holds."""
+    for name in settings():
         monkeypatch.delenv(name)
     monkeypatch.setenv("QLORA_PROFILE", "cpu")
 
@@ -112,23 +111,22 @@ def workspace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def new_machine(tmp_path, monkeypatch):
-    """A function that begins on a new Colab machine, with the same Drive, and returns its /content."""
+    """A function that begins on a new Colab machine, with the same Drive, and returns its /content.
+
+    What a process remembers is forgotten: the modules' variables, and the token.
+    """
+    memory = {
+        drive: ["_without"],
+        hub_token: ["_found"],
+        _auth: ["_IS_GOOGLE_COLAB_CHECKED", "_GOOGLE_COLAB_SECRET"],
+    }
     monkeypatch.syspath_prepend(Path(__file__).parent / "fake_colab")
-    monkeypatch.setattr(drive, "MOUNT_SECONDS", LONG)
-    monkeypatch.setattr(hub_token, "SECRET_SECONDS", LONG)
+    monkeypatch.setattr(drive, "MOUNT_SECONDS", LONG_SECONDS)
+    monkeypatch.setattr(hub_token, "SECRET_SECONDS", LONG_SECONDS)
     monkeypatch.setenv("FAKE_DRIVE_FOLDER", str(tmp_path / "drive"))
     (tmp_path / "drive").mkdir(exist_ok=True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setattr(_auth, "is_google_colab", lambda: True)
-    for module, name in (
-        (_auth, "_IS_GOOGLE_COLAB_CHECKED"),
-        (_auth, "_GOOGLE_COLAB_SECRET"),
-        (drive, "_without"),
-        (hub_token, "_found"),
-    ):
-        monkeypatch.setattr(module, name, None)
-    for name in ("HF_TOKEN", "QLORA_WORKSPACE"):
-        monkeypatch.setenv(name, "of the test before")
     before = set(sys.modules)
 
     def begin() -> Path:
@@ -137,18 +135,18 @@ def new_machine(tmp_path, monkeypatch):
         monkeypatch.setattr(machine, "CONTENT", content)
         monkeypatch.setattr(tempfile, "tempdir", str(content / "tmp"))
         monkeypatch.chdir(content)
-        drive._without = hub_token._found = _auth._IS_GOOGLE_COLAB_CHECKED = (
-            _auth._GOOGLE_COLAB_SECRET
-        ) = None
+        for module, names in memory.items():
+            for name in names:
+                monkeypatch.setattr(module, name, None)
         for name in ("HF_TOKEN", "QLORA_WORKSPACE"):
-            os.environ.pop(name, None)
+            monkeypatch.setenv(name, "of the machine before")  # so that it is unset at the end
+            monkeypatch.delenv(name)
         return content
 
     yield begin
-    for name in [
-        name for name in sys.modules if name.partition(".")[0] == "google" and name not in before
-    ]:
-        del sys.modules[name]
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] == "google":
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -167,34 +165,29 @@ def base(tokenizer):
 def tiny(tokenizer, tmp_path_factory) -> str:
     """The folder of a random two-layer Llama that has the embedded model's tokenizer."""
     set_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            initializer_range=0.2,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=tokenizer.pad_token_id,
     )
     folder = tmp_path_factory.mktemp("tiny")
-    model.save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def tuned(tiny, tmp_path_factory) -> Workspace:
-    """The workspace of a finished run: the tiny model with a random adapter that is felt, and a temperature."""
+    """The workspace of a finished run: the tiny model, a random adapter, and a temperature."""
     workspace = Workspace(tmp_path_factory.mktemp("tuned"))
     run = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": tiny, "max_length": 64})
-    model = attach_lora(
-        load_base_model(run),
-        LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
-        seed=1,
-    )
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = attach_lora(load_base_model(run), lora, seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -202,15 +195,12 @@ def tuned(tiny, tmp_path_factory) -> Workspace:
     write_text(workspace / "config.json", run.to_json())
     workspace.publish("01_setup", vars(run), ["config.json"])
     workspace.publish("03_qlora_training", vars(run), ["adapter"], inputs=("01_setup",))
-    write_text(workspace / "adapter" / "calibration.json", json.dumps({"temperature": 1.5}))
-    workspace.publish(
-        "04_evaluation", vars(run), ["adapter/calibration.json"], inputs=("03_qlora_training",)
-    )
+    calibration = "adapter/calibration.json"
+    write_text(workspace / calibration, json.dumps({"temperature": 1.5}))
+    workspace.publish("04_evaluation", vars(run), [calibration], inputs=("03_qlora_training",))
     return workspace
 
 
 @pytest.fixture(scope="session")
 def classifier(tuned) -> HeadlineClassifier:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv("QLORA_WORKSPACE", str(tuned.path))
-        return HeadlineClassifier.from_workspace()
+    return HeadlineClassifier.from_workspace(tuned.path)

@@ -1,4 +1,7 @@
-"""As a program: the cells of 03 that hold memory, three times in one process; prints the MiB of anonymous memory after each loading."""
+"""As a program: train three times in one process, and print the MiB of anonymous memory held.
+
+Each time is taken after the base model is loaded, as a reader who runs 03 again would see it.
+"""
 
 import json
 import re
@@ -11,29 +14,24 @@ from qlora_helpers import label_probabilities, load_adapter, load_base_model, lo
 from qlora_helpers.config import RunConfig
 from qlora_helpers.fast.plan import free_memory
 
-config = RunConfig.from_environment(
-    train_size=8,
-    validation_size=4,
-    test_size=4,
-    num_epochs=1,
-    effective_batch_size=8,
-    max_length=48,
-)
-held, model, trainer, tuned = [], None, None, None
+SIZES = {"train_size": 8, "validation_size": 4, "test_size": 4, "effective_batch_size": 8}
 
 
-def anonymous_mebibytes() -> float:
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+def anonymous_mebibytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return round(int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024)
 
 
+config = RunConfig.from_environment(**SIZES, num_epochs=1, max_length=48)
+held, trainer, tuned = [], None, None
 for _ in range(3):
     stages.set_up(config)
     stages.draw()
     workspace, config = stages.open_workspace("02_data_subset")
-    model = trainer = tuned = None  # as the cell that loads does
+    trainer = tuned = None  # as the cell that loads does
     model = load_base_model(config)
     free_memory()
-    held.append(round(anonymous_mebibytes()))
+    held.append(anonymous_mebibytes())
     del model
     trainer = stages.trainer_for(workspace, config)
     stages.fit(workspace, trainer)

@@ -1,16 +1,20 @@
-"""What the notebooks do with a workspace, on a tiny model; and, as a program, what is left of it when they are killed.
+"""The notebooks' steps on a tiny model; as a program, kill a run again and again.
 
-python tests/stages.py TINY FOLDER KILLS SEED    kills a run KILLS times, each at another point, and ends each; prints a line of each
+python tests/stages.py TINY FOLDER KILLS SEED
+
+It kills a run KILLS times, each at another point, starts it again, and compares its result with
+that of a run that was never stopped. It prints one line for each kill.
 """
 
 import gc
-import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -40,7 +44,7 @@ from qlora_helpers.config import PROFILES
 from qlora_helpers.fast.plan import BatchPlan
 
 SETTINGS = {
-    "train_size": 44,
+    "train_size": 44,  # six steps an epoch, each in four micro-batches
     "validation_size": 8,
     "test_size": 12,
     "num_epochs": 2,
@@ -49,14 +53,13 @@ SETTINGS = {
     "lora_dropout": 0.3,
     "lora_r": 4,
     "max_length": 48,
-}  # six steps an epoch, each in four micro-batches
+}
 PLAN = BatchPlan(2, 4, 10**9, None, "as the test says")
 
 
 def tiny_config(tiny: str, **settings) -> RunConfig:
-    return RunConfig(
-        **(PROFILES["cpu"] | {"profile": "cpu", "base_model": tiny} | SETTINGS | settings)
-    )
+    choices = {"profile": "cpu", "base_model": tiny} | SETTINGS | settings
+    return RunConfig(**PROFILES["cpu"] | choices)
 
 
 def set_up(config: RunConfig) -> None:
@@ -73,6 +76,11 @@ def draw() -> Workspace:
     return workspace
 
 
+def label_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """As in 03: the sum of the rows' cross-entropies over the label tokens."""
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+
+
 def trainer_for(
     workspace: Workspace, config: RunConfig, plan: BatchPlan = PLAN, **options
 ) -> LabelTrainer:
@@ -85,51 +93,51 @@ def trainer_for(
         task_type="CAUSAL_LM",
     )
     model = attach_lora(load_base_model(config), lora, config.seed)
-    return LabelTrainer(model, load_tokenizer(config), subset, config, plan, **options)
+    tokenizer = load_tokenizer(config)
+    return LabelTrainer(model, tokenizer, subset, config, plan, loss=label_loss, **options)
 
 
 def fit(workspace: Workspace, trainer: LabelTrainer, panel: LossPanel | None = None) -> dict:
-    """The cells of 03 that train and publish."""
-    if workspace.is_current("03_qlora_training", vars(trainer.config)):
+    """Train and publish, as 03 does, and return the history."""
+    config, files = trainer.config, ["adapter", "training.json"]
+    if workspace.is_current("03_qlora_training", vars(config)):
         print("This workspace holds the finished training with these settings.")
         history = workspace.read_json("03_qlora_training", "training.json")
     else:
         history = trainer.fit(workspace.checkpoints(), panel and panel.live)
-        workspace.set_aside("03_qlora_training", ["adapter", "training.json"])
-        save_adapter(trainer.model, trainer.config, workspace / "adapter")
+        workspace.set_aside("03_qlora_training", files)
+        save_adapter(trainer.model, config, workspace / "adapter")
         workspace.write("training.json", json.dumps(history, indent=1))
-        files = ["adapter", "training.json"]
-        workspace.publish(
-            "03_qlora_training", vars(trainer.config), files, inputs=("02_data_subset",)
-        )
+        workspace.publish("03_qlora_training", vars(config), files, inputs=("02_data_subset",))
     workspace.checkpoints().finish()
     return history
 
 
 def step_losses(trainer: LabelTrainer) -> list[float]:
     """Train, and return the loss of each step, not rounded as in the log."""
-    loss, found = trainer.compute_loss, Counter()
+    compute, losses = trainer.compute_loss, Counter()
 
     def compute_loss(*args, **kwargs):
-        part = loss(*args, **kwargs)
-        found[trainer.state.global_step] += part.item()
+        part = compute(*args, **kwargs)
+        losses[trainer.state.global_step] += part.item()
         return part
 
     trainer.compute_loss = compute_loss
     trainer.train()
-    return list(found.values())
+    return list(losses.values())
 
 
 def stop_at(trainer: LabelTrainer, step: int) -> None:
     """Interrupt `trainer` in the second micro-batch after `step` steps."""
-    loss, seen = trainer.compute_loss, []
+    compute, batches = trainer.compute_loss, 0
 
-    def compute_loss(model, inputs, *args, **kwargs):
+    def compute_loss(model, *args, **kwargs):
+        nonlocal batches
         if model.training and trainer.state.global_step == step:
-            seen.append(inputs["rows"])
-            if len(seen) == 2:
+            batches += 1
+            if batches == 2:
                 raise KeyboardInterrupt
-        return loss(model, inputs, *args, **kwargs)
+        return compute(model, *args, **kwargs)
 
     trainer.compute_loss = compute_loss
 
@@ -141,29 +149,24 @@ def train(**options) -> dict:
 
 
 def evaluate() -> None:
-    workspace, config = open_workspace("02_data_subset", "03_qlora_training")
+    """Write what 04 does; the temperature is a fixed one."""
+    inputs = ("02_data_subset", "03_qlora_training")
+    workspace, config = open_workspace(*inputs)
     test = pd.read_parquet(workspace / "subset" / "test.parquet")
     model = load_adapter(load_base_model(config), workspace / "adapter")
-    predictions = io.BytesIO()
-    pd.DataFrame(label_probabilities(model, load_tokenizer(config), test.text, config)).add_prefix(
-        "P"
-    ).to_parquet(predictions)
-    workspace.write("predictions.parquet", predictions.getvalue())
+    probabilities = label_probabilities(model, load_tokenizer(config), test.text, config)
+    predictions = pd.DataFrame(probabilities).add_prefix("P").to_parquet()
+    workspace.write("predictions.parquet", predictions)
     workspace.write("adapter/calibration.json", json.dumps({"temperature": 1.25}))
-    workspace.publish(
-        "04_evaluation",
-        vars(config),
-        ["predictions.parquet", "adapter/calibration.json"],
-        inputs=("02_data_subset", "03_qlora_training"),
-    )
+    files = ["predictions.parquet", "adapter/calibration.json"]
+    workspace.publish("04_evaluation", vars(config), files, inputs=inputs)
 
 
 def infer() -> tuple[float, list]:
-    """The temperature, and the probabilities of a headline."""
+    """Return the temperature, and the probabilities of a headline."""
     classifier = HeadlineClassifier.from_workspace()
-    return classifier.temperature, classifier.probabilities(
-        ["Striker signs record contract"]
-    ).tolist()
+    headline = "Striker signs record contract"
+    return classifier.temperature, classifier.probabilities([headline]).tolist()
 
 
 def run_all(config: RunConfig) -> None:
@@ -174,7 +177,7 @@ def run_all(config: RunConfig) -> None:
 
 
 def result(folder: Path) -> dict:
-    """All that a run ends with, but for the times."""
+    """Return all that a run ends with, but for the times."""
     history = json.loads((folder / "training.json").read_text())
     for part in ("train", "validation"):
         for entry in history[part]:
@@ -189,9 +192,12 @@ def result(folder: Path) -> dict:
     return {"history": history} | {name: (folder / name).read_bytes() for name in names}
 
 
-def _child(config: RunConfig, folder: Path, log: Path, kill_at: int = 0, seconds: float = 0) -> int:
-    """A forked process that runs everything. At its `kill_at`-th change of a file it kills itself.
-    After so many `seconds` a timer does: of CPU time, which counts the same on a busy machine."""
+def start(config: RunConfig, folder: Path, log: Path, change: int = 0, seconds: float = 0) -> int:
+    """Fork a process that runs everything in `folder`, and return its id.
+
+    It kills itself at its `change`-th change of a file, or after so many `seconds` of CPU time,
+    which count the same on a busy machine.
+    """
     if pid := os.fork():
         return pid
     signal.setitimer(signal.ITIMER_PROF, seconds)  # nothing handles SIGPROF: it ends the process
@@ -200,33 +206,29 @@ def _child(config: RunConfig, folder: Path, log: Path, kill_at: int = 0, seconds
     os.environ["QLORA_WORKSPACE"] = str(folder)
     changes = 0
 
-    def count(event, arguments):
+    def count(event: str, arguments: tuple) -> None:
         nonlocal changes
-        named = str(arguments[0]) if arguments else ""
-        written = (
-            event == "open"
-            and isinstance(arguments[2], int)
-            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        )
-        if named.startswith(str(folder)) and (
-            written or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-        ):
+        if not arguments or not str(arguments[0]).startswith(str(folder)):
+            return
+        flags = arguments[2] if event == "open" else 0
+        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
             changes += 1
-            if changes == kill_at:
+            if changes == change:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
+    code = 1
     try:
         run_all(config)
         print("changes", changes)
-        sys.stdout.flush()
-        os._exit(0)
+        code = 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
+    finally:
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)
 
 
 def main(tiny: str, folder: str, kills: str, seed: str) -> None:
@@ -236,51 +238,39 @@ def main(tiny: str, folder: str, kills: str, seed: str) -> None:
     folder, config, chance = Path(folder), tiny_config(tiny), random.Random(int(seed))
     log = folder / "log.txt"
 
-    def run(name, **kill) -> tuple[int, str, float]:
-        """Its exit code, what it said, and the seconds that it worked."""
-        _, status, used = os.wait4(_child(config, folder / name, log, **kill), 0)
+    def run(name: str, **kill) -> tuple[int, str, float]:
+        """Return the exit code of a run, what it said, and its seconds of CPU time."""
+        _, status, used = os.wait4(start(config, folder / name, log, **kill), 0)
         return os.waitstatus_to_exitcode(status), log.read_text(), used.ru_utime + used.ru_stime
 
     folder.mkdir(parents=True, exist_ok=True)
-    for name in ("warm", "expected"):
-        status, said, whole = run(name)
-        assert status == 0, said
+    status, said, whole = run("expected")
+    assert status == 0, said
     expected, changes = result(folder / "expected"), int(said.split()[-1])
     print(f"A run of {whole:.1f} s changes {changes} files.", flush=True)
-    failed = 0
+    same = 0
     for i in range(int(kills)):
-        by_file = i % 2
-        at = chance.randint(1, changes) if by_file else chance.uniform(0.25, 0.95) * whole
-        kind, number = ("kill_at", signal.SIGKILL) if by_file else ("seconds", signal.SIGPROF)
+        if i % 2:
+            kind, at, number = "change", chance.randint(1, changes), signal.SIGKILL
+        else:
+            kind, at, number = "seconds", chance.uniform(0.25, 0.95) * whole, signal.SIGPROF
         status, _, _ = run("killed", **{kind: at})
-        while status == 0:  # it was done before: it had less to do than the one that was measured
+        while status == 0:  # it ended before: it had less to do than the one that was measured
             shutil.rmtree(folder / "killed")
             at = type(at)(0.8 * at)
             status, _, _ = run("killed", **{kind: at})
-        left = sorted(
-            p.relative_to(folder / "killed").as_posix()
-            for p in (folder / "killed").rglob("*")
-            if p.suffix != ".txt"
+        checkpoints = sorted(
+            path.name for path in (folder / "killed").glob("checkpoints/checkpoint*")
         )
-        newest = [name for name in left if name.startswith("checkpoints/") and name.count("/") == 1]
         again, said, _ = run("killed")
-        same = again == 0 and result(folder / "killed") == expected
-        failed += not same or status != -number
-        going_on = [
-            line
-            for line in said.splitlines()
-            if line.startswith("Going on") or "skipped" in line or "nothing to do" in line
-        ]
-        print(
-            f"{'same' if same else 'DIFFERENT'}: killed ({status}) at "
-            + (f"change {at}" if by_file else f"{at:.2f} s")
-            + f"; left {newest}; {going_on}"
-            + ("" if same else f"\n{said}"),
-            flush=True,
-        )
+        ok = status == -number and again == 0 and result(folder / "killed") == expected
+        same += ok
+        print(f"{'same' if ok else 'DIFFERENT'}: killed ({status}) at {kind} {at:.4g}", end="; ")
+        going_on = re.findall(r"^Going on.*|^.*(?:skipped|nothing to do).*", said, re.M)
+        print(f"{checkpoints}; {going_on if ok else said}", flush=True)
         shutil.rmtree(folder / "killed")
-    print(f"{int(kills) - failed} of {kills} ended as the run that was never stopped.")
-    sys.exit(bool(failed))
+    print(f"{same} of {kills} ended as the run that was never stopped.")
+    sys.exit(same < int(kills))
 
 
 if __name__ == "__main__":

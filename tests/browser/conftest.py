@@ -1,4 +1,4 @@
-"""A headless Chromium, and the servers that it visits: JupyterLab with notebook 5, and the page of `make app`."""
+"""A headless Chromium, and the servers it visits: JupyterLab with notebook 5, and the page."""
 
 import contextlib
 import json
@@ -14,70 +14,65 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = (
-    300  # at most, for a server to start, a page to load with a model, a file to be classified
-)
+SECONDS = 300  # at most, for a server to start or a page to load with a model
+CHROMIUM_OPTIONS = [
+    "headless",
+    "no-sandbox",
+    "disable-gpu",
+    "disable-dev-shm-usage",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+    "disable-quic",
+    "window-size=1100,1400",
+]
+LAB_SETTINGS = {
+    # Otherwise cells out of sight are not in the page.
+    "notebook-extension/tracker": {"windowingMode": "none"},
+    "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+}
 
 
 @pytest.fixture(scope="session")
 def run_folder(request, tuned) -> Path:
-    """The workspace that the notebooks left, earlier in this session; of a tiny random model where they did not run."""
+    """The workspace that the notebooks left in this session, else one of a tiny random model."""
     folder = request.config.notebook_workspace
     return folder if (folder / "manifests" / "04_evaluation.json").exists() else tuned.path
 
 
 @pytest.fixture(scope="session")
-def selenium():
-    found = pytest.importorskip("selenium", reason="needs Selenium: pip install -e .[browser]")
+def browser(tmp_path_factory):
+    reason = "needs Selenium, JupyterLab and Voila: pip install -e .[browser]"
+    for package in ("selenium", "jupyterlab", "voila"):
+        pytest.importorskip(package, reason=reason)
     for program in ("chromium", "chromedriver"):
         if not shutil.which(program):
             pytest.skip(f"needs {program}: apt-get install chromium chromium-driver")
-    return found
-
-
-@pytest.fixture(scope="session")
-def browser(selenium, tmp_path_factory):
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for argument in (
-        "headless",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-dev-shm-usage",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "disable-quic",
-        "window-size=1100,1400",
-    ):
-        options.add_argument(f"--{argument}")
+    for option in CHROMIUM_OPTIONS:
+        options.add_argument(f"--{option}")
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     driver.downloads = tmp_path_factory.mktemp("downloads")
-    driver.execute_cdp_cmd(
-        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(driver.downloads)}
-    )
+    behavior = {"behavior": "allow", "downloadPath": str(driver.downloads)}
+    driver.execute_cdp_cmd("Browser.setDownloadBehavior", behavior)
     yield driver
     driver.quit()
 
 
 @contextlib.contextmanager
-def serving(arguments: list, folder: Path, log: Path, **environment: str):
-    """A server that runs in `folder`: `python -m ARGUMENTS --port=...`. Yields its address."""
+def serving(arguments: list[str], folder: Path, log: Path, **environment: str):
+    """Run `python -m ARGUMENTS --port=...` as a server in `folder`, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", *map(str, arguments), f"--port={port}"],
-            cwd=folder,
-            env=os.environ | environment,
-            stdout=output,
-            stderr=output,
-        )
+    command = [sys.executable, "-m", *arguments, f"--port={port}"]
+    environment = os.environ | environment
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
     try:
         end = time.monotonic() + SECONDS
         while True:
@@ -85,7 +80,7 @@ def serving(arguments: list, folder: Path, log: Path, **environment: str):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             time.sleep(0.2)
-        yield address
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         try:
@@ -94,59 +89,39 @@ def serving(arguments: list, folder: Path, log: Path, **environment: str):
             server.kill()
 
 
-@contextlib.contextmanager
-def page_of(workspace: Path, log: Path):
-    """The page's address, served as the Makefile does."""
-    pytest.importorskip("voila", reason="needs Voila: pip install -e .[browser]")
-    [line] = [
-        line for line in (ROOT / "Makefile").read_text().splitlines() if "$(BIN)/voila" in line
-    ]
+def serving_page(workspace: Path, log: Path):
+    """Serve the page for `workspace` as the Makefile does."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    [line] = [line for line in lines if "$(BIN)/voila" in line]
     arguments = line.split("$(BIN)/")[1].replace("--port=$(PORT)", "--no-browser").split()
-    with serving(arguments, ROOT, log, QLORA_WORKSPACE=str(workspace)) as address:
-        yield address
+    return serving(arguments, ROOT, log, QLORA_WORKSPACE=str(workspace))
 
 
 @pytest.fixture(scope="session")
-def voila(selenium, run_folder, tmp_path_factory):
-    with page_of(run_folder, tmp_path_factory.mktemp("voila") / "log.txt") as address:
+def page_address(browser, run_folder, tmp_path_factory):
+    with serving_page(run_folder, tmp_path_factory.mktemp("voila") / "log.txt") as address:
         yield address
 
 
 @pytest.fixture
-def empty_page(selenium, tmp_path):
-    with page_of(tmp_path / "nothing", tmp_path / "log.txt") as address:
+def empty_page_address(browser, tmp_path):
+    with serving_page(tmp_path / "nothing", tmp_path / "log.txt") as address:
         yield address
 
 
-@pytest.fixture(scope="session")
-def lab(selenium, run_folder, tmp_path_factory):
+@pytest.fixture
+def lab_address(browser, run_folder, tmp_path):
     """The address of JupyterLab with a copy of notebook 5."""
-    pytest.importorskip("jupyterlab", reason="needs JupyterLab: pip install -e .[browser]")
-    folder, settings = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("settings")
+    folder, settings = tmp_path / "lab", tmp_path / "settings"
+    folder.mkdir()
     shutil.copy(ROOT / "notebooks" / "05_inference.ipynb", folder)
-    for name, setting in (
-        (
-            "notebook-extension/tracker",
-            {"windowingMode": "none"},
-        ),  # else cells out of sight are not in the page
-        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
-    ):
+    for name, setting in LAB_SETTINGS.items():
         path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(setting))
-    arguments = [
-        "jupyterlab",
-        "--ip=127.0.0.1",
-        "--no-browser",
-        "--allow-root",
-        "--IdentityProvider.token=",
-    ]
-    with serving(
-        arguments,
-        folder,
-        folder / "log.txt",
-        QLORA_WORKSPACE=str(run_folder),
-        JUPYTERLAB_SETTINGS_DIR=str(settings),
-    ) as address:
+    arguments = ["jupyterlab", "--ip=127.0.0.1", "--no-browser", "--allow-root"]
+    arguments.append("--IdentityProvider.token=")
+    environment = {"QLORA_WORKSPACE": str(run_folder), "JUPYTERLAB_SETTINGS_DIR": str(settings)}
+    with serving(arguments, folder, tmp_path / "log.txt", **environment) as address:
         urllib.request.urlopen(f"{address}/lab", timeout=SECONDS).read()
         yield address

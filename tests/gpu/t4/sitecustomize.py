@@ -65,9 +65,9 @@ def _watch(torch) -> None:
         status = Path("/proc/self/status").read_text()
         host = int(status.split("RssAnon:")[1].split()[0]) / 2**20
         gpu = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_initialized() else 0.0
-        found = {"gpu_gib": max(gpu, peaks["gpu_gib"]), "host_gib": max(host, peaks["host_gib"])}
-        if found != peaks:
-            peaks = found
+        higher = {"gpu_gib": max(gpu, peaks["gpu_gib"]), "host_gib": max(host, peaks["host_gib"])}
+        if higher != peaks:
+            peaks = higher
             file.write_text(json.dumps(peaks))
 
 
