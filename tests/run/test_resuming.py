@@ -62,7 +62,7 @@ def test_an_interrupt_inside_an_accumulation_loses_nothing(
     panel = LossPanel(run)
     with pytest.raises(
         TrainingStopped,
-        match=rf"Stopped at step {step} of 12. The checkpoint of step {step} is written: it goes on",
+        match=rf"Stopped at step {step} of 12. The checkpoint of step {step} is written: run this",
     ):
         stages.fit(run, trainer, panel)
     assert f"The checkpoint of step {step} is written" in panel.status.value
@@ -98,7 +98,7 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(
 def test_an_interrupt_before_the_first_step_starts_again(prepared, workspace, uninterrupted):
     run, trainer = prepared()
     stages.stop_at(trainer, 0)
-    with pytest.raises(TrainingStopped, match="There is no checkpoint yet"):
+    with pytest.raises(TrainingStopped, match="No checkpoint was written yet"):
         stages.fit(run, trainer)
     assert _finish(prepared, workspace) == uninterrupted
 
@@ -108,7 +108,7 @@ def test_an_interrupt_in_the_first_evaluation_starts_again(prepared, workspace, 
     trainer.compute_loss = lambda *args, **kwargs: signal.default_int_handler(signal.SIGINT, None)
     panel = LossPanel(run)
     with pytest.raises(
-        TrainingStopped, match="Stopped at step 0 of 12. There is no checkpoint yet"
+        TrainingStopped, match="Stopped at step 0 of 12. No checkpoint was written yet"
     ):
         stages.fit(run, trainer, panel)
     assert "Stopped at step 0" in panel.status.value
