@@ -3,7 +3,6 @@
 import time
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 
 
@@ -29,10 +28,10 @@ def what_validation_says(history: dict) -> str:
 
 
 class Watch(TrainerCallback):
-    """Logs time, memory and the steps that the float16 scaler skipped, and shows the progress."""
+    """Logs the time and the steps that the float16 scaler skipped, and shows the progress."""
 
     def __init__(self, trainer):
-        self.trainer, self.show, self.skipped_steps, self.peak_gib = trainer, None, 0, None
+        self.trainer, self.show, self.skipped_steps = trainer, None, 0
         self.start = self.step_start = time.perf_counter()
         self.steps = []  # seconds of each step in this process
 
@@ -48,9 +47,8 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
         if state.log_history:  # of a training that goes on
-            last = state.log_history[-1]
-            self.start -= last["seconds"]
-            self.skipped_steps, self.peak_gib = last["skipped_steps"], last["peak_gib"]
+            self.start -= state.log_history[-1]["seconds"]
+            self.skipped_steps = state.log_history[-1]["skipped_steps"]
 
     def on_step_begin(self, *args, **kwargs):
         self.step_start = time.perf_counter()
@@ -60,24 +58,21 @@ class Watch(TrainerCallback):
         self.skipped_steps += self.trainer.accelerator.optimizer_step_was_skipped
 
     def on_log(self, args, state, control, **kwargs):
-        seconds, effective_batch_size = self.seconds, self.trainer.config.effective_batch_size
-        if self.trainer.model.device.type == "cuda":
-            peak = round(torch.cuda.max_memory_reserved() / 2**30, 2)
-            self.peak_gib = max(peak, self.peak_gib or 0.0)
+        seconds, rows = self.seconds, self.trainer.config.effective_batch_size
         entry = {"seconds": round(seconds, 2), "skipped_steps": self.skipped_steps}
-        state.log_history[-1] |= entry | {"peak_gib": self.peak_gib}
+        state.log_history[-1] |= entry
         if not self.show or not state.global_step:
             return
-        rate = state.global_step * effective_batch_size / seconds
-        status = f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
+        status = f"step {state.global_step} of {state.max_steps}, "
+        status += f"{state.global_step * rows / seconds:.2f} rows/s"
         if step := self.step_seconds:
             # a validation row takes no longer than a training row
-            validation = len(self.trainer.eval_dataset) / effective_batch_size
             validations = state.num_train_epochs - int(state.epoch)
-            left = step * (state.max_steps - state.global_step + validations * validation)
+            steps = validations * len(self.trainer.eval_dataset) / rows
+            left = step * (state.max_steps - state.global_step + steps)
             status += f", {left / 60:.1f} minutes left"
-        if self.peak_gib:
-            status += f", peak {self.peak_gib:.1f} GiB of GPU memory"
+        if peak := self.trainer.peak_gib():
+            status += f", peak {peak:.1f} GiB of GPU memory"
         self.show(lambda: self.trainer.history(seconds), status)
 
 

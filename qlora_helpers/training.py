@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.config import RunConfig
-from qlora_helpers.errors import ModelError, TrainingStopped
+from qlora_helpers.errors import ModelError
 from qlora_helpers.fast.dropout import masks_of
 from qlora_helpers.fast.plan import (
     BatchPlan,
@@ -60,10 +60,10 @@ class LabelTrainer(ResumableTrainer):
         model: with LoRA attached.
         subset: the tables `train` and `validation`, with the columns `text` and `label`.
         plan: how an effective batch is cut to fit the memory.
-        loss: returns the sum of the rows' losses, from (rows, labels) float32 logits of the label
+        loss: returns the sum of the rows' losses from (rows, labels) float32 logits of the label
             tokens and the (rows,) labels. By default the cross-entropy.
-        checkpoint_minutes: `fit` writes a checkpoint after each epoch, and so many minutes ...
-        checkpoint_steps: ... or steps, if given.
+        checkpoint_minutes: `fit` writes a checkpoint after so many minutes, and after each epoch.
+        checkpoint_steps: it also writes one after so many steps, if given.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class LabelTrainer(ResumableTrainer):
         subset: dict[str, pd.DataFrame],
         config: RunConfig,
         plan: BatchPlan,
-        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = _cross_entropy,
+        loss: Callable = _cross_entropy,
         checkpoint_minutes: float = 10.0,
         checkpoint_steps: int | None = None,
     ):
@@ -105,7 +105,6 @@ class LabelTrainer(ResumableTrainer):
             metric_for_best_model="eval_loss",
             logging_steps=1,
             remove_unused_columns=False,
-            report_to="none",
             dataloader_pin_memory=False,
         )
         # The model is on one GPU. The Trainer would multiply the batch by the number it sees.
@@ -160,16 +159,15 @@ class LabelTrainer(ResumableTrainer):
             lengths = [len(prompt) for prompt in part["prompts"]]
             layers = self.plan.checkpointed_layers(len(decoder_layers(self.model)), sum(lengths))
             checkpoint_layers(self.model, layers)
-            gradients = {
-                p: None if p.grad is None else p.grad.clone() for p in self.trainable.values()
-            }
+            trainable = self.trainable.values()
+            gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
             try:
                 with masks_of(seed, part["rows"], lengths, self.model.device):
                     loss = super().training_step(model, part, len(inputs["rows"]))
             except torch.OutOfMemoryError:
                 loss = None  # after this block, nothing holds the traceback with its activations
             if loss is None:
-                for p, gradient in gradients.items():
+                for p, gradient in zip(trainable, gradients, strict=True):
                     p.grad = gradient
                 free_memory()
                 self._halve_plan(len(lengths), sum(lengths))
@@ -225,11 +223,7 @@ class LabelTrainer(ResumableTrainer):
     def floating_point_ops(self, inputs):
         return 0  # the Trainer counts them from padded input ids, which there are none of
 
-    def fit(
-        self,
-        checkpoints: Checkpoints,
-        show: Callable[[Callable[[], dict], str], object] | None = None,
-    ) -> dict:
+    def fit(self, checkpoints: Checkpoints, show: Callable | None = None) -> dict:
         """Train, and return the history. The model then has the weights of the best epoch.
 
         A training that was stopped goes on from its newest complete checkpoint, to the result that
@@ -243,13 +237,8 @@ class LabelTrainer(ResumableTrainer):
         Raises: what `ResumableTrainer.run` does.
         """
         self.watch.show = show
-        try:
-            with checkpoints.hold("03_qlora_training"):
-                self.run(checkpoints, self._identity())
-        except TrainingStopped as stopped:
-            if show:
-                show(lambda: self.history(self.watch.seconds), str(stopped))
-            raise
+        with checkpoints.hold("03_qlora_training"):
+            self.run(checkpoints, self._identity())
         return self.history(self.watch.seconds)
 
     def _identity(self) -> dict:
@@ -263,6 +252,12 @@ class LabelTrainer(ResumableTrainer):
         rows += [self.eval_dataset.text.tolist(), self.eval_dataset.label.tolist()]
         return {"settings": settings, "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
 
+    def peak_gib(self) -> float | None:
+        """Return the most GPU memory that this process has reserved, in GiB; None on a CPU."""
+        if self.model.device.type == "cpu":
+            return None
+        return round(torch.cuda.max_memory_reserved() / 2**30, 2)
+
     def history(self, seconds: float) -> dict:
         """Return the losses, speed, memory and plan of a training that has taken `seconds` so far.
 
@@ -274,7 +269,7 @@ class LabelTrainer(ResumableTrainer):
             "rows_per_second": round(rows / seconds, 2),
             "step_rows_per_second": step and round(self.config.effective_batch_size / step, 2),
             "skipped_steps": self.watch.skipped_steps,
-            "peak_gib": self.watch.peak_gib,
+            "peak_gib": self.peak_gib(),
             "plan": vars(self.plan),
             "label_words": self.label_words,
         }

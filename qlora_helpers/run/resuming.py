@@ -23,8 +23,7 @@ class _Schedule(TrainerCallback):
     def __init__(self, trainer: "ResumableTrainer", minutes: float, steps: int | None):
         self.trainer, self.minutes, self.steps = trainer, minutes, steps
         self.stop, self.saved = False, 0.0
-        # at the start of the running step; None once its optimizer step has begun
-        self.random_state = None
+        self.random_state = None  # before the running step, until its optimizer step begins
 
     def signalled(self, number, frame):
         if self.stop:
@@ -79,11 +78,9 @@ class ResumableTrainer(Trainer):
 
     @cached_property
     def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """The trainable parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def put(self, weights: dict[str, torch.Tensor]) -> None:
-        """Copy `weights` into the trainable parameters."""
         for name, p in self.trainable.items():
             p.data.copy_(weights[name])
 
@@ -143,9 +140,8 @@ class ResumableTrainer(Trainer):
             if random_state is not None and not written:
                 torch.set_rng_state(random_state)
                 self._save_checkpoint(self.model, None)
-            raise TrainingStopped(
-                f"Stopped at step {step} of {self.state.max_steps}. {self._kept()}"
-            ) from None
+            progress = f"{step} of {self.state.max_steps}"
+            raise TrainingStopped(f"Stopped at step {progress}. {self._kept()}") from None
         except UnpicklingError as error:
             raise WorkspaceError(
                 f"{folder} holds more than the state of a training ({reason(error)}). It was not "
@@ -167,28 +163,21 @@ class ResumableTrainer(Trainer):
             if any("lora_B" in name and p.any() for name, p in self.trainable.items()):
                 raise ModelError(
                     "this model has been trained already, and there is no checkpoint to go on "
-                    "from. Run this notebook again from its start: a new training needs a new "
-                    "adapter."
+                    "from. A new training needs a new adapter: run this notebook from its start."
                 )
             return None
         folder, manifest = newest
         self.args.eval_on_start = False
         self.epochs_before = manifest["step"] // self.steps_per_epoch
         self.facts = manifest["facts"]
-        steps = self.steps_per_epoch * int(self.args.num_train_epochs)
-        print(
-            f"Going on from the checkpoint of step {manifest['step']} of {steps}, written "
-            f"{manifest['written']}."
-        )
+        progress = f"{manifest['step']} of {self.steps_per_epoch * self.args.num_train_epochs:g}"
+        print(f"Going on from the checkpoint of step {progress}, written {manifest['written']}.")
         return str(folder)
 
     def _kept(self) -> str:
-        step = self.checkpoints.step
-        if step is None:
+        if self.checkpoints.step is None:
             return "No checkpoint was written yet: run this notebook again from its start."
-        said = (
-            f"The checkpoint of step {step} is written: run this notebook again to go on from it."
-        )
-        if not self.checkpoints.copied(30):
-            said += " Its copy to Google Drive is not finished: keep this machine."
-        return said
+        said = f"The checkpoint of step {self.checkpoints.step} is written: run this notebook again"
+        if self.checkpoints.copied(30):
+            return f"{said} to go on from it."
+        return f"{said}. Its copy to Google Drive is not finished: keep this machine."
