@@ -62,8 +62,7 @@ class LabelTrainer(ResumableTrainer):
         plan: how an effective batch is cut to fit the memory.
         loss: returns the sum of the rows' losses from (rows, labels) float32 logits of the label
             tokens and the (rows,) labels. By default the cross-entropy.
-        checkpoint_minutes: `fit` writes a checkpoint after so many minutes, and after each epoch.
-        checkpoint_steps: it also writes one after so many steps, if given.
+        options: of `ResumableTrainer`, for its checkpoints.
     """
 
     def __init__(
@@ -74,8 +73,7 @@ class LabelTrainer(ResumableTrainer):
         config: RunConfig,
         plan: BatchPlan,
         loss: Callable = _cross_entropy,
-        checkpoint_minutes: float = 10.0,
-        checkpoint_steps: int | None = None,
+        **options,
     ):
         self.config, self.loss, self.tokenizer = config, loss, tokenizer
         self.label_words = label_words(tokenizer, config.labels)
@@ -110,13 +108,12 @@ class LabelTrainer(ResumableTrainer):
         # The model is on one GPU. The Trainer would multiply the batch by the number it sees.
         args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
-            checkpoint_minutes=checkpoint_minutes,
-            checkpoint_steps=checkpoint_steps,
             model=model,
             args=args,
             data_collator=self._collate,
             train_dataset=datasets.Dataset.from_dict(rows),
             eval_dataset=subset["validation"],
+            **options,
         )
         self.watch = Watch(self)
         self.add_callback(self.watch)
@@ -254,9 +251,8 @@ class LabelTrainer(ResumableTrainer):
 
     def peak_gib(self) -> float | None:
         """Return the most GPU memory that this process has reserved, in GiB; None on a CPU."""
-        if self.model.device.type == "cpu":
-            return None
-        return round(torch.cuda.max_memory_reserved() / 2**30, 2)
+        on_gpu = self.model.device.type == "cuda"
+        return round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None
 
     def history(self, seconds: float) -> dict:
         """Return the losses, speed, memory and plan of a training that has taken `seconds` so far.

@@ -60,10 +60,11 @@ class ResumableTrainer(Trainer):
 
     Each holds the trainable weights, those of the best epoch so far, the states of optimizer,
     scheduler, scaler and random numbers, the log, and `facts`. The order of the rows may depend on
-    `epochs_before`, and on nothing that a stop loses. A batch is an optimizer step.
+    `epochs_before`, and on nothing that a stop loses. A batch is an optimizer step. A checkpoint is
+    written after each epoch, every `checkpoint_minutes` and, if given, every `checkpoint_steps`.
     """
 
-    def __init__(self, *args, checkpoint_minutes: float, checkpoint_steps: int | None, **kwargs):
+    def __init__(self, *args, checkpoint_minutes=10.0, checkpoint_steps=None, **kwargs):
         self.checkpoints: Checkpoints | None = None
         self.epochs_before = 0  # whole epochs before this training went on
         self.best: dict[str, torch.Tensor] = {}  # the trainable weights of the best epoch
