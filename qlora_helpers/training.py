@@ -40,7 +40,7 @@ _cross_entropy = partial(torch.nn.functional.cross_entropy, reduction="sum")
 def plan_batches(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig
 ) -> BatchPlan:
-    """Return the largest micro-batch, with as few checkpointed layers, as fits the free memory.
+    """Return the largest micro-batch that fits the memory, with the fewest checkpointed layers.
 
     It is measured on the longest of `texts`. Raises ModelError if a single row does not fit.
     """
