@@ -1,4 +1,4 @@
-"""What a training log says: how long it takes, its losses by step and epoch, and a sentence about them."""
+"""What a training's log says: its losses, its speed, and what validation shows."""
 
 import time
 
@@ -7,8 +7,7 @@ from transformers import TrainerCallback
 
 
 def what_validation_says(history: dict) -> str:
-    """What the validation losses of `LabelTrainer.history` did, in a sentence.
-    It guesses nothing of more epochs."""
+    """Return a sentence on the validation losses of a history, without a guess at more epochs."""
     first, *epochs = history["validation"]
     kept, last = min(epochs, key=lambda e: e["loss"]), epochs[-1]
     if kept["loss"] >= first["loss"]:
@@ -18,34 +17,38 @@ def what_validation_says(history: dict) -> str:
         )
     if kept is not last:
         return (
-            f"Validation loss was lowest after epoch {kept['epoch']:g} ({kept['loss']:.3f}) "
-            f"and is {last['loss']:.3f} after the last: later epochs did not help on these "
-            "rows."
+            f"Validation loss was lowest after epoch {kept['epoch']:g} ({kept['loss']:.3f}) and is "
+            f"{last['loss']:.3f} after the last: later epochs did not help on these rows."
         )
-    before = epochs[-2] if len(epochs) > 1 else first
+    before = history["validation"][-2]
     return (
-        f"Validation loss fell from {before['loss']:.3f} to {last['loss']:.3f} in the last "
-        "epoch. Only a training with more epochs can tell whether it would fall further."
+        f"Validation loss fell from {before['loss']:.3f} to {last['loss']:.3f} in the last epoch. "
+        "Only a training with more epochs can tell whether it would fall further."
     )
 
 
 class Watch(TrainerCallback):
-    """Adds the time to what is logged, counts the steps that the float16 scaler skipped after an overflow, and shows how far it is."""
+    """Logs the time and the steps that the float16 scaler skipped, and shows the progress."""
 
     def __init__(self, trainer):
         self.trainer, self.show, self.skipped_steps = trainer, None, 0
-        self.before, self.start = (
-            0.0,
-            time.perf_counter(),
-        )  # seconds spent before the training went on
-        self.step_start, self.steps = 0.0, []  # seconds of each step of this process
+        self.start = self.step_start = time.perf_counter()
+        self.steps = []  # seconds of each step in this process
 
     @property
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.start
+        return time.perf_counter() - self.start
 
-    def on_train_begin(self, *args, **kwargs):
+    @property
+    def step_seconds(self) -> float | None:
+        """The median step's time; None before the second step, since the first one compiles."""
+        return float(np.median(self.steps[1:])) if len(self.steps) > 1 else None
+
+    def on_train_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
+        if state.log_history:  # of a training that goes on
+            self.start -= state.log_history[-1]["seconds"]
+            self.skipped_steps = state.log_history[-1]["skipped_steps"]
 
     def on_step_begin(self, *args, **kwargs):
         self.step_start = time.perf_counter()
@@ -55,52 +58,36 @@ class Watch(TrainerCallback):
         self.skipped_steps += self.trainer.accelerator.optimizer_step_was_skipped
 
     def on_log(self, args, state, control, **kwargs):
-        seconds = self.seconds
-        state.log_history[-1]["seconds"] = round(seconds, 2)
-        if self.show and state.global_step:
-            rate = state.global_step * self.trainer.config.effective_batch_size / seconds
-            peak = self.trainer.peak_gib()
-            memory = "" if peak is None else f", peak {peak:.1f} GiB of GPU memory"
-            self.show(
-                lambda: self.trainer.history(seconds),
-                f"step {state.global_step} of {state.max_steps}, {rate:.2f} rows/s"
-                + self._left(state)
-                + memory,
-            )
-
-    def step_rows_per_second(self) -> float | None:
-        """Return the rows a second of the median step; None before the second step, since the first compiles."""
-        if len(self.steps) < 2:
-            return None
-        return round(self.trainer.config.effective_batch_size / float(np.median(self.steps[1:])), 2)
-
-    def _left(self, state) -> str:
-        """The time of the steps and validations to come, by recent steps and the last validation.
-        The first of each compile; a row validates no slower than it trains."""
-        if len(self.steps) < 2:
-            return ""
-        step = float(np.median(self.steps[1:][-50:]))
-        batches = len(self.trainer.eval_dataset) / self.trainer.config.effective_batch_size
-        validations = [e["eval_runtime"] for e in state.log_history if "eval_runtime" in e]
-        to_come = max(0, state.num_train_epochs + 1 - len(validations))  # one comes before training
-        seconds = step * (state.max_steps - state.global_step)
-        seconds += to_come * min([step * batches, *validations[-1:]])
-        return f", {seconds / 60:.1f} minutes left"
+        seconds, rows = self.seconds, self.trainer.config.effective_batch_size
+        entry = {"seconds": round(seconds, 2), "skipped_steps": self.skipped_steps}
+        state.log_history[-1] |= entry
+        if not self.show or not state.global_step:
+            return
+        status = f"step {state.global_step} of {state.max_steps}, "
+        status += f"{state.global_step * rows / seconds:.2f} rows/s"
+        if step := self.step_seconds:
+            # a validation row takes no longer than a training row
+            validations = state.num_train_epochs - int(state.epoch)
+            steps = validations * len(self.trainer.eval_dataset) / rows
+            left = step * (state.max_steps - state.global_step + steps)
+            status += f", {left / 60:.1f} minutes left"
+        if peak := self.trainer.peak_gib():
+            status += f", peak {peak:.1f} GiB of GPU memory"
+        self.show(lambda: self.trainer.history(seconds), status)
 
 
 def losses(log: list[dict]) -> dict:
-    """Return what the Trainer's `log` says so far: `train` (step, epoch, loss, ...), `validation`
-    (epoch, loss, accuracy, macro_f1, ...; first the one before training), and `best_epoch`."""
-    train = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
-    validation = [
-        {name: e[name] for name in ("step", "epoch", "seconds")}
-        | {name: e[f"eval_{name}"] for name in ("loss", "accuracy", "macro_f1")}
-        for e in log
-        if "eval_loss" in e
-    ]
-    best = min(validation[1:], key=lambda e: e["loss"], default=None)
+    """Return the steps and validations in the Trainer's `log`, and what the best epoch gave."""
+    names = ("step", "epoch", "loss", "learning_rate", "grad_norm", "seconds")
+    train = [{name: e[name] for name in names} for e in log if "loss" in e]
+    names = ("step", "epoch", "seconds", "eval_loss", "eval_accuracy", "eval_macro_f1")
+    evaluations = [e for e in log if "eval_loss" in e]
+    validation = [{name.removeprefix("eval_"): e[name] for name in names} for e in evaluations]
+    # the first is from before training
+    best = min(evaluations[1:], key=lambda e: e["eval_loss"], default={"epoch": None})
     return {
-        "train": [{name: e[name] for name in train} for e in log if "loss" in e],
+        "train": train,
         "validation": validation,
-        "best_epoch": best and best["epoch"],
+        "best_epoch": best["epoch"],
+        "best_probabilities": best.get("probabilities", []),  # which come after the losses
     }

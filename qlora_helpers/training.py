@@ -1,12 +1,12 @@
-"""Training: the Trainer, with its loss taken at the label alone, and a history that says how it went."""
+"""Training: the Trainer with a loss at the label's token alone, and the history of a training."""
 
-import dataclasses
 import hashlib
 import json
 import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import datasets
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.config import RunConfig
-from qlora_helpers.errors import ModelError, TrainingStopped
+from qlora_helpers.errors import ModelError
 from qlora_helpers.fast.dropout import masks_of
 from qlora_helpers.fast.plan import (
     BatchPlan,
@@ -34,32 +34,36 @@ from qlora_helpers.run.checkpoints import Checkpoints
 from qlora_helpers.run.resuming import ResumableTrainer
 from qlora_helpers.scoring import label_logits, label_probabilities
 
-
-def _one_gpu(args: TrainingArguments) -> TrainingArguments:
-    """Return `args` for one GPU, whatever is visible: the Trainer would multiply the batch by the number of GPUs."""
-    args._n_gpu = min(args.n_gpu, 1)
-    return args
+_cross_entropy = partial(torch.nn.functional.cross_entropy, reduction="sum")
 
 
 def plan_batches(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], config: RunConfig
 ) -> BatchPlan:
-    """The largest micro-batch, and then as few checkpointed layers, as let the longest of `texts` train in the free memory.
-    On a GPU found by running such a step, on a CPU by what one row keeps. Raises ModelError if a single row does not fit."""
+    """Return the largest micro-batch that fits the memory, with the fewest checkpointed layers.
+
+    It is measured on the longest of `texts`. Raises ModelError if a single row does not fit.
+    """
     label_ids = label_token_ids(tokenizer, config.labels)
-    return plan_encoded(
-        model,
-        encode_prompts(tokenizer, texts, config.max_length),
-        lambda rows: label_logits(model, rows, label_ids),
-        config.effective_batch_size,
-    )
+    encoded = encode_prompts(tokenizer, texts, config.max_length)
+    forward = partial(label_logits, model, label_ids=label_ids)
+    return plan_encoded(model, encoded, forward, config.effective_batch_size)
 
 
 class LabelTrainer(ResumableTrainer):
-    """The Trainer, with the loss of the label's token alone, seeded length-grouped batches, and scores by epoch.
-    The best epoch by validation loss is kept. Its order of rows depends on the seed and the effective batch, never on the
-    batch plan. `fit`, not `train`, writes a checkpoint after each epoch, every `checkpoint_minutes` and, if given, every
-    `checkpoint_steps`; the result depends on neither."""
+    """The Trainer with a loss at the label's token, which ends with the best epoch's weights.
+
+    The order of rows depends on the seed and the effective batch. Neither plan nor checkpoints
+    change the result.
+
+    Args:
+        model: with LoRA attached.
+        subset: the tables `train` and `validation`, with the columns `text` and `label`.
+        plan: how an effective batch is cut to fit the memory.
+        loss: returns the sum of the rows' losses from (rows, labels) float32 logits of the label
+            tokens and the (rows,) labels. By default the cross-entropy.
+        options: of `ResumableTrainer`, for its checkpoints.
+    """
 
     def __init__(
         self,
@@ -68,118 +72,71 @@ class LabelTrainer(ResumableTrainer):
         subset: dict[str, pd.DataFrame],
         config: RunConfig,
         plan: BatchPlan,
-        checkpoint_minutes: float = 10.0,
-        checkpoint_steps: int | None = None,
+        loss: Callable = _cross_entropy,
+        **options,
     ):
-        self.label_words, self.label_ids = (
-            label_words(tokenizer, config.labels),
-            label_token_ids(tokenizer, config.labels),
-        )
-        self.config, self.plan, self.texts = config, plan, subset["train"].text.tolist()
-        self._peak_before, self._losses = (
-            None,
-            [],
-        )  # losses of the micro-batches since the last optimizer step
-        self._tokenizer = tokenizer
-        self._probabilities = (
-            self.best_probabilities
-        ) = []  # of the validation rows, at the last evaluation and at the best one
-        rows = datasets.Dataset.from_dict(
-            {
-                "input_ids": encode_prompts(tokenizer, self.texts, config.max_length),
-                "labels": subset["train"].label.tolist(),
-                "row": range(len(self.texts)),
-            }
-        )
+        self.config, self.loss, self.tokenizer = config, loss, tokenizer
+        self.label_words = label_words(tokenizer, config.labels)
+        self.label_ids = label_token_ids(tokenizer, config.labels)
+        train = subset["train"]
+        self.texts = train.text.tolist()
+        prompts = encode_prompts(tokenizer, self.texts, config.max_length)
+        rows = {"prompt": prompts, "label": train.label.tolist(), "row": range(len(train))}
         dtype, _ = compute_dtype()
-        one_step = config.num_epochs == 1 and len(subset["train"]) <= config.effective_batch_size
+        one_step = config.num_epochs == 1 and len(train) <= config.effective_batch_size
+        args = TrainingArguments(
+            output_dir=tempfile.gettempdir(),  # nothing is written there
+            seed=config.seed,
+            num_train_epochs=config.num_epochs,
+            per_device_train_batch_size=config.effective_batch_size,  # `training_step` cuts it
+            learning_rate=config.learning_rate,
+            warmup_steps=0 if one_step else config.warmup_ratio,  # a warm-up begins with rate 0
+            max_grad_norm=config.max_grad_norm,
+            fp16=dtype == torch.float16,
+            bf16=dtype == torch.bfloat16,
+            # after an overflow the fused one skips a step without the scheduler's knowledge
+            optim="adamw_torch" if dtype == torch.float16 else "adamw_torch_fused",
+            use_cpu=model.device.type == "cpu",
+            eval_strategy="epoch",
+            eval_on_start=True,
+            save_strategy="epoch",
+            metric_for_best_model="eval_loss",
+            logging_steps=1,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        # The model is on one GPU. The Trainer would multiply the batch by the number it sees.
+        args._n_gpu = min(args.n_gpu, 1)
         super().__init__(
-            checkpoint_minutes=checkpoint_minutes,
-            checkpoint_steps=checkpoint_steps,
             model=model,
-            train_dataset=rows,
-            eval_dataset=subset["validation"],
+            args=args,
             data_collator=self._collate,
-            args=_one_gpu(
-                TrainingArguments(
-                    output_dir=tempfile.gettempdir(),  # it writes nothing there: `_save_checkpoint` is not the Trainer's
-                    seed=config.seed,
-                    num_train_epochs=config.num_epochs,
-                    per_device_train_batch_size=plan.micro_batch_size,
-                    gradient_accumulation_steps=plan.gradient_accumulation_steps,
-                    learning_rate=config.learning_rate,
-                    warmup_steps=0
-                    if one_step
-                    else config.warmup_ratio,  # a warm-up begins with rate 0
-                    lr_scheduler_type="linear",
-                    max_grad_norm=config.max_grad_norm,
-                    weight_decay=0.0,
-                    fp16=dtype == torch.float16,
-                    bf16=dtype == torch.bfloat16,
-                    # the fused optimizer skips a step by itself after an overflow: neither scheduler nor count would hear of it
-                    optim="adamw_torch" if dtype == torch.float16 else "adamw_torch_fused",
-                    use_cpu=model.device.type == "cpu",
-                    eval_strategy="epoch",
-                    eval_on_start=True,
-                    save_strategy="epoch",
-                    metric_for_best_model="eval_loss",
-                    greater_is_better=False,
-                    logging_steps=1,
-                    remove_unused_columns=False,
-                    report_to="none",
-                    dataloader_pin_memory=model.device.type == "cuda",
-                )
-            ),
+            train_dataset=datasets.Dataset.from_dict(rows),
+            eval_dataset=subset["validation"],
+            **options,
         )
         self.watch = Watch(self)
         self.add_callback(self.watch)
-        self.model_accepts_loss_kwargs = (
-            True  # asks for num_items_in_batch, by which compute_loss divides ...
-        )
-        self._loss_shifts_labels = (
-            False  # ... and which counts one label a row: nothing is shifted here
-        )
+        self.facts["plan"] = vars(plan)
 
-    def evaluate(
-        self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"
-    ) -> dict[str, float]:
-        """Score the validation rows as `label_probabilities` does: loss, accuracy and macro-F1, logged as the Trainer's own are."""
-        start = time.perf_counter()
-        found = label_probabilities(
-            self.model, self._tokenizer, self.eval_dataset.text, self.config
-        )
-        labels = self.eval_dataset.label.to_numpy()
-        metrics = {"loss": float(-np.log(found[range(len(labels)), labels]).mean())}
-        metrics |= scores(found.argmax(axis=1).tolist(), labels.tolist(), self.config.labels)
-        metrics["runtime"] = time.perf_counter() - start
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self._probabilities = found.round(6).tolist()
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
+    @property
+    def plan(self) -> BatchPlan:
+        return BatchPlan(**self.facts["plan"])
 
-    def _determine_best_metric(self, metrics, trial):
-        is_best = super()._determine_best_metric(metrics, trial)
-        if is_best:
-            self.best_probabilities = self._probabilities
-        return is_best
-
-    def _collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+    def _collate(self, rows: list[dict]) -> dict:
         # arrays: Accelerate would look into lists token by token for tensors to move
         return {
-            "labels": torch.tensor([row["labels"] for row in rows]),
-            "prompts": [np.array(row["input_ids"]) for row in rows],
+            "labels": torch.tensor([row["label"] for row in rows]),
+            "prompts": [np.array(row["prompt"]) for row in rows],
             "rows": np.array([row["row"] for row in rows]),
         }
 
     def _get_train_sampler(self, train_dataset=None):
-        # The Trainer's own draws from the global generator: the order of the second epoch would then
-        # depend on what else draws from it.
+        # The Trainer's own draws from the global generator: the order of the second epoch would
+        # then depend on what else draws from it.
         sampler = LengthGroupedSampler(
-            self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
-            lengths=[len(ids) for ids in self.train_dataset["input_ids"]],
+            self.config.effective_batch_size,
+            lengths=[len(prompt) for prompt in self.train_dataset["prompt"]],
             generator=torch.Generator().manual_seed(self.config.seed),
         )
         for _ in range(self.epochs_before):
@@ -187,160 +144,128 @@ class LabelTrainer(ResumableTrainer):
         return sampler
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """A micro-batch's forward and backward pass. Out of memory, it keeps fewer activations from here on, or halves the
-        micro-batch, and runs it again. Raises ModelError with the rows that gave a loss that is not finite."""
-        lengths = [len(prompt) for prompt in inputs["prompts"]]
-        rows, tokens = len(lengths), sum(lengths)
-        if rows > self.plan.micro_batch_size:
-            halves = [
-                {name: part[half] for name, part in inputs.items()}
-                for half in (slice(rows // 2), slice(rows // 2, None))
-            ]
-            return sum(self.training_step(model, half, num_items_in_batch) for half in halves)
-        checkpoint_layers(
-            self.model, self.plan.checkpointed_layers(len(decoder_layers(self.model)), tokens)
-        )
-        trainable = list(self.trainable().values())
-        gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
-        step_seed = [self.config.seed, self.state.global_step]
-        try:
-            with masks_of(step_seed, inputs["rows"], lengths, self.model.device):
-                loss = super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError:
-            loss = None  # and leave this block: its traceback holds the activations
-        if loss is None:
-            for p, gradient in zip(trainable, gradients, strict=True):
-                p.grad = gradient
-            free_memory()
-            self._ask_for_less(rows, tokens)
-            return self.training_step(model, inputs, num_items_in_batch)
-        self._losses.append((loss, inputs["rows"]))
-        if self.accelerator.sync_gradients:
-            self._check_losses()
-        return loss
+        """Run forward and backward pass of an effective batch, in the plan's micro-batches.
 
-    def _ask_for_less(self, rows: int, tokens: int) -> None:
-        kept = min(self.plan.kept_activations, tokens * len(decoder_layers(self.model)))
-        if kept < tokens and rows == 1:
-            raise ModelError(
-                f"a single row of {tokens} tokens runs out of GPU memory: set QLORA_MAX_LENGTH lower, or free the GPU "
-                "of other work."
-            )
-        half = math.ceil(rows / 2)
-        less = (
-            {"kept_activations": kept // 2}
-            if kept >= tokens
-            else {
-                "micro_batch_size": half,
-                "gradient_accumulation_steps": math.ceil(self.config.effective_batch_size / half),
-            }
-        )
-        reason = f"step {self.state.global_step + 1} ran out of memory over {rows} rows ({tokens:,} tokens)"
-        print(f"{reason.capitalize()}. From here on: {less}.")
-        self.plan = dataclasses.replace(self.plan, **less, reason=reason)
-
-    def _check_losses(self):
-        parts, self._losses = self._losses, []
-        for value, (_, rows) in zip(
-            torch.stack([loss for loss, _ in parts]).tolist(), parts, strict=True
-        ):
-            if not np.isfinite(value):
+        A micro-batch that runs out of memory is run again in halves. Raises ModelError with the
+        rows of a loss that is not finite.
+        """
+        total, start, seed = 0.0, 0, [self.config.seed, self.state.global_step]
+        while start < len(inputs["rows"]):
+            micro_batch = slice(start, start + self.plan.micro_batch_size)
+            part = {name: values[micro_batch] for name, values in inputs.items()}
+            lengths = [len(prompt) for prompt in part["prompts"]]
+            layers = self.plan.checkpointed_layers(len(decoder_layers(self.model)), sum(lengths))
+            checkpoint_layers(self.model, layers)
+            trainable = self.trainable.values()
+            gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
+            try:
+                with masks_of(seed, part["rows"], lengths, self.model.device):
+                    loss = super().training_step(model, part, len(inputs["rows"]))
+            except torch.OutOfMemoryError:
+                loss = None  # after this block, nothing holds the traceback with its activations
+            if loss is None:
+                for p, gradient in zip(trainable, gradients, strict=True):
+                    p.grad = gradient
+                free_memory()
+                self._halve_plan(len(lengths), sum(lengths))
+                continue
+            if not loss.isfinite():
                 raise ModelError(
-                    f"the loss is {value} at step {self.state.global_step + 1}, in the micro-batch of training rows "
-                    f"{rows.tolist()}, the first of which is {self.texts[rows[0]][:60]!r}. Look at these rows; then try "
-                    f"a lower QLORA_LEARNING_RATE (now {self.config.learning_rate:g})."
+                    f"the loss is {loss.item()} at step {self.state.global_step + 1}, in the "
+                    f"micro-batch of training rows {part['rows'].tolist()}, the first of which is "
+                    f"{self.texts[part['rows'][0]][:60]!r}. Look at these rows; then try a lower "
+                    f"QLORA_LEARNING_RATE (now {self.config.learning_rate:g})."
                 )
+            total, start = total + loss, start + len(lengths)
+        return total
+
+    def _halve_plan(self, rows: int, tokens: int) -> None:
+        """Go on with half the micro-batch, and half the activations kept for backward."""
+        kept = min(self.plan.kept_activations, tokens * len(decoder_layers(self.model)))
+        if rows == 1 and kept < tokens:
+            raise ModelError(
+                f"a single row of {tokens} tokens runs out of GPU memory: set QLORA_MAX_LENGTH "
+                "lower, or free the GPU of other work."
+            )
+        size, step = math.ceil(rows / 2), self.state.global_step + 1
+        steps = math.ceil(self.config.effective_batch_size / size)
+        reason = f"step {step} ran out of memory over {rows} rows ({tokens:,} tokens)"
+        print(f"{reason.capitalize()}: from here on, a micro-batch has {size} rows.")
+        self.facts["plan"] = vars(BatchPlan(size, steps, kept // 2, self.plan.peak_gib, reason))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Cross-entropy over the label tokens: summed and divided by the rows of the effective batch, so that no split changes it."""
+        """Return the loss of a micro-batch, divided by the rows of its effective batch.
+
+        The sum over the micro-batches is then the effective batch's mean, however it is cut.
+        """
         logits = label_logits(self.model, inputs["prompts"], self.label_ids)
-        loss = torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="sum")
-        return loss / (len(logits) if num_items_in_batch is None else num_items_in_batch)
+        return self.loss(logits, inputs["labels"]) / num_items_in_batch
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """Return and log loss, accuracy and macro-F1 of the validation rows."""
+        start = time.perf_counter()
+        texts, labels = self.eval_dataset.text, self.eval_dataset.label.to_numpy()
+        probabilities = label_probabilities(self.model, self.tokenizer, texts, self.config)
+        metrics = {"loss": float(-np.log(probabilities[range(len(labels)), labels]).mean())}
+        predicted = probabilities.argmax(axis=1).tolist()
+        metrics |= scores(predicted, labels.tolist(), self.config.labels)
+        metrics["runtime"] = time.perf_counter() - start
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.state.log_history[-1]["probabilities"] = probabilities.round(6).tolist()
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def floating_point_ops(self, inputs):
         return 0  # the Trainer counts them from padded input ids, which there are none of
 
-    def facts(self) -> dict:
-        return {
-            "seconds": self.watch.seconds,
-            "skipped_steps": self.watch.skipped_steps,
-            "plan": vars(self.plan),
-            "peak_gib": self.peak_gib(),
-            "best_probabilities": self.best_probabilities,
-        }
-
-    def take_over(self, facts: dict) -> None:
-        self.watch.before, self.watch.skipped_steps = facts["seconds"], facts["skipped_steps"]
-        self.plan, self._peak_before = BatchPlan(**facts["plan"]), facts["peak_gib"]
-        self.best_probabilities = facts["best_probabilities"]
-
-    def peak_gib(self) -> float | None:
-        peak = (
-            round(torch.cuda.max_memory_reserved() / 2**30, 2)
-            if self.model.device.type == "cuda"
-            else None
-        )
-        return max(filter(None, (peak, self._peak_before)), default=None)
-
-    def fit(
-        self,
-        checkpoints: Checkpoints,
-        show: Callable[[Callable[[], dict], str], object] | None = None,
-    ) -> dict:
-        """Train, and return the loss history. The model then has the weights of the best epoch.
+    def fit(self, checkpoints: Checkpoints, show: Callable | None = None) -> dict:
+        """Train, and return the history. The model then has the weights of the best epoch.
 
         A training that was stopped goes on from its newest complete checkpoint, to the result that
         it would have had.
 
         Args:
             checkpoints: of this training, as in `workspace.checkpoints()`.
-            show: is called as training goes on with a function that returns the history so far, and
-                a line that says how far it is: `LossPanel.live`, for one.
+            show: is called with a function that returns the history so far, and a line that says
+                how far the training is: `LossPanel.live`, for one.
 
-        Raises: TrainingStopped after an interrupt; WorkspaceError if an unfinished training has
-            other settings or data, or another process is writing there.
+        Raises: what `ResumableTrainer.run` does.
         """
-        self.checkpoints, self.watch.show = checkpoints, show
-        with self.checkpoints.hold("03_qlora_training"):
-            try:
-                folder = self.find(self._identity())
-                self.checkpoints.prepare()
-                self.run(folder)
-            except TrainingStopped as stopped:
-                if show:
-                    show(lambda: self.history(self.watch.seconds), str(stopped))
-                raise
-            except KeyboardInterrupt:
-                raise TrainingStopped(
-                    "Stopped while files were read or written: nothing is lost. Run this notebook again."
-                ) from None
+        self.watch.show = show
+        with checkpoints.hold("03_qlora_training"):
+            self.run(checkpoints, self._identity())
         return self.history(self.watch.seconds)
 
     def _identity(self) -> dict:
-        """What a checkpoint must have been made with to be gone on from: settings and rows."""
+        """Return the settings and a hash of the rows. A training goes on with these alone."""
         lora = self.model.peft_config["default"]
-        settings = json.loads(self.config.to_json()) | {
-            f"LoraConfig.{name}": value
-            for name, value in lora.to_dict().items()
-            if name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-        }
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+        settings = json.loads(self.config.to_json())
+        settings |= {f"LoraConfig.{name}": getattr(lora, name) for name in names}
         settings["LoraConfig.target_modules"] = sorted(lora.target_modules)
-        rows = [[self.texts, list(self.train_dataset["labels"])]]
-        rows.append([list(self.eval_dataset.text), self.eval_dataset.label.tolist()])
-        data = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        return {"settings": settings, "data": data}
+        rows = [self.texts, list(self.train_dataset["label"])]
+        rows += [self.eval_dataset.text.tolist(), self.eval_dataset.label.tolist()]
+        return {"settings": settings, "data": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
+
+    def peak_gib(self) -> float | None:
+        """Return the most GPU memory that this process has reserved, in GiB; None on a CPU."""
+        on_gpu = self.model.device.type == "cuda"
+        return round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None
 
     def history(self, seconds: float) -> dict:
-        """`train` (step, epoch, loss, ...) and `validation` (epoch, loss, accuracy, macro_f1, ...) so far, `best_epoch`, speed
-        (`rows_per_second` with validation and checkpoints, `step_rows_per_second` without),
-        plan, label words, and `best_probabilities`: (validation rows, labels) at the best epoch."""
+        """Return the losses, speed, memory and plan of a training that has taken `seconds` so far.
+
+        `rows_per_second` counts validation and checkpoints, `step_rows_per_second` does not.
+        """
+        rows, step = len(self.train_dataset) * self.config.num_epochs, self.watch.step_seconds
         return losses(self.state.log_history) | {
-            "seconds": round(seconds, 2),  # as in the log: never less than there
-            "rows_per_second": round(len(self.train_dataset) * self.config.num_epochs / seconds, 2),
-            "step_rows_per_second": self.watch.step_rows_per_second(),
+            "seconds": round(seconds, 2),
+            "rows_per_second": round(rows / seconds, 2),
+            "step_rows_per_second": step and round(self.config.effective_batch_size / step, 2),
             "skipped_steps": self.watch.skipped_steps,
             "peak_gib": self.peak_gib(),
             "plan": vars(self.plan),
             "label_words": self.label_words,
-            "best_probabilities": self.best_probabilities,
         }
