@@ -66,21 +66,19 @@ def label_probabilities(
 ) -> np.ndarray:
     """Return the label probabilities of each text: (texts, labels) in float64.
 
-    Rows of like length share a batch. Batches are halved when memory runs out; on a CPU, many of
-    them run in one thread a core.
+    Rows of like length share a batch. Batches are halved when memory runs out, and a single row
+    that does not fit raises ModelError. On a CPU, many batches run in one thread a core.
 
     Args:
         progress: the name of a progress bar, or a function that gets the size of each batch.
-        prefix: solved examples before each prompt (see `few_shot_prefix`). The tokens that all rows
-            share are read once. `config.max_length` does not count the prefix.
+        prefix: solved examples before each prompt (see `few_shot_prefix`), not counted by
+            `config.max_length`. The tokens that all rows share are read once.
         temperature: divides the logits.
-
-    Raises:
-        ModelError: if a single row runs out of memory.
     """
     label_ids = label_token_ids(tokenizer, config.labels)
     encoded = encode_prompts(tokenizer, list(texts), config.max_length, prefix)
-    score, shared = contextlib.nullcontext(partial(label_logits, model, label_ids=label_ids)), []
+    score = contextlib.nullcontext(partial(label_logits, model, label_ids=label_ids))
+    shared = []
     if prefix and encoded:  # one token of each row remains
         shared = os.path.commonprefix(encoded)[: min(map(len, encoded)) - 1]
         encoded = [ids[len(shared) :] for ids in encoded]
@@ -156,10 +154,7 @@ def _halves(batches: list[list[int]]) -> list[list[int]]:
 
 
 def _in_threads(score: Callable, batches: list[list[int]], keep: Callable) -> None:
-    """Call `keep(batch, score(batch))` for each batch, each scored on one core.
-
-    Cores that share a product would wait for the slowest of them at its end.
-    """
+    """The same with a thread a core: cores that share a product wait for the slowest of them."""
     threads = torch.get_num_threads()
 
     def begin():  # both settings are a thread's own
@@ -177,10 +172,7 @@ def _in_threads(score: Callable, batches: list[list[int]], keep: Callable) -> No
 
 @contextlib.contextmanager
 def _score_after(model, shared: list[int], label_ids: list[int]) -> Iterator[Callable]:
-    """Yield `label_logits` for rows that follow the token ids `shared`, which are read once.
-
-    The library's own attention runs here, over padded rows.
-    """
+    """Yield `label_logits` for rows after the ids `shared`, by the library's own attention."""
     causal_lm = _causal_lm(model)
     device, start = causal_lm.device, len(shared)
 
@@ -203,10 +195,7 @@ def _score_after(model, shared: list[int], label_ids: list[int]) -> Iterator[Cal
 
 
 def length_batches(encoded: Sequence[Sequence[int]], tokens_per_batch: int) -> list[list[int]]:
-    """Return indices into `encoded`, longest row first, in batches of at most `tokens_per_batch`.
-
-    A longer row is a batch of its own.
-    """
+    """Return indices into `encoded`, longest row first; a row over the budget is alone."""
     batches, tokens = [], 0
     for i in sorted(range(len(encoded)), key=lambda i: -len(encoded[i])):
         if not batches or tokens + len(encoded[i]) > tokens_per_batch:

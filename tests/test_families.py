@@ -33,31 +33,16 @@ TINY = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
-# a family, and what it needs beside TINY; None takes a field away
-RIGHT = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma": {},
+# families that need nothing beside TINY, and what others need; None takes a field away
+PLAIN = (
+    "llama mistral qwen2 qwen3 gemma phi phi3 olmo olmo2 smollm3 starcoder2 gpt_neox glm glm4 "
+    "helium arcee ernie4_5 hunyuan_v1_dense ministral3"
+)
+RIGHT = dict.fromkeys(PLAIN.split(), {}) | {
     "gemma3_text": SLIDING | {"sliding_window": 256},
-    "phi": {},
-    "phi3": {},
-    "olmo": {},
-    "olmo2": {},
     "olmo3": SLIDING | {"sliding_window": 256},
-    "smollm3": {},
-    "starcoder2": {},
-    "gpt_neox": {},
-    "glm": {},
-    "glm4": {},
-    "helium": {},
-    "arcee": {},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
-    "ernie4_5": {},
-    "hunyuan_v1_dense": {},
     "ministral": {"sliding_window": 256},
-    "ministral3": {},
     "exaone4": SLIDING | {"sliding_window": 256},
 }
 DIFFER = "logits of two rows in one batch differ by"

@@ -47,8 +47,8 @@ def plan_encoded(
 ) -> BatchPlan:
     """Return the plan with the largest micro-batch, then the fewest checkpointed layers, that fits.
 
-    The longest of the `encoded` prompts decide. On a GPU their steps are run, with the gradients of
-    `forward(rows).sum()`; on a CPU they are estimated. Raises ModelError if one row does not fit.
+    On a GPU, steps with the longest of the `encoded` prompts are run: `forward(rows).sum()` and its
+    gradients. On a CPU they are estimated. Raises ModelError if a single row does not fit.
     """
     encoded = sorted(encoded, key=len)[-effective_batch_size:]
     probe, free = _probe_cpu, psutil.virtual_memory().available
@@ -96,7 +96,6 @@ def free_gpu_bytes() -> float:
 
 def _probe_gpu(model, rows, forward, kept_layers) -> float:
     """Return the peak reserved bytes of a step over `rows`; infinity if memory runs out."""
-    was_training = model.training
     model.train()
     checkpoint_layers(model, len(decoder_layers(model)) - kept_layers)
     free_memory()
@@ -109,7 +108,6 @@ def _probe_gpu(model, rows, forward, kept_layers) -> float:
     finally:
         model.zero_grad(set_to_none=True)
         checkpoint_layers(model, 0)
-        model.train(was_training)
         free_memory()
 
 
