@@ -208,9 +208,9 @@ def embedded_checkpoint() -> Path:
         tokenizer.save_pretrained(unpacked)
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
         model.config.pad_token_id = tokenizer.pad_token_id
-        # Its weights are no longer quantised, but a model from GGUF refuses to be saved.
+        # A model from GGUF refuses to be saved, although its weights are no longer quantised.
         model.hf_quantizer = None
-        del model.config.quantization_config
+        vars(model.config).pop("quantization_config", None)
         model.save_pretrained(unpacked)
         if not folder.is_dir():  # unless another process was first
             os.replace(unpacked, folder)

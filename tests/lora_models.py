@@ -6,6 +6,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 
+def save_random(config_class, folder, dtype=torch.float32, **choices):
+    """Write a random model of two layers, whose four heads share two keys and values."""
+    torch.manual_seed(0)
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = config_class(vocab_size=64, **heads, **choices)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    return folder
+
+
 def library_model(folder, dtype=torch.float32, nf4=True) -> PreTrainedModel:
     """Return the model in `folder` in eval mode, on the GPU if there is one."""
     quantised = BitsAndBytesConfig(

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from lora_models import gradients, lora_config, lora_model
+from lora_models import gradients, lora_config, lora_model, save_random
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import LlamaConfig, MistralConfig
 
 from qlora_helpers.fast.dropout import masks_of
 from qlora_helpers.fast.groups import Adapter
@@ -20,19 +20,8 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 @pytest.fixture(scope="module", params=[LlamaConfig, MistralConfig], ids=["llama", "mistral"])
 def checkpoint(request, tmp_path_factory):
-    torch.manual_seed(0)
-    config = request.param(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    folder = tmp_path_factory.mktemp("model")
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    choices = {"hidden_size": 64, "intermediate_size": 192, "initializer_range": 0.2}
+    return save_random(request.param, tmp_path_factory.mktemp("model"), **choices)
 
 
 def logits(model, rows=ROWS) -> torch.Tensor:

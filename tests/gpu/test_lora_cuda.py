@@ -4,9 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-from lora_models import gradients, lora_model
+from lora_models import gradients, lora_model, save_random
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import MistralConfig
 
 from qlora_helpers.fast.dropout import masks_of
 from qlora_helpers.fast.kernels import keep_mask, mix
@@ -22,19 +22,9 @@ LENGTHS = list(map(len, ROWS))
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=64,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.05,
-    )
+    choices = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
     folder = tmp_path_factory.mktemp("model")
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
-    return folder
+    return save_random(MistralConfig, folder, torch.float16, **choices)
 
 
 def fused_model(checkpoint, dropout):
