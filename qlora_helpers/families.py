@@ -1,4 +1,4 @@
-"""Whether a base model's family computes in packed batches what the library computes row by row."""
+"""Whether packed batches of a base model give what the library gives for each row alone."""
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,32 +13,25 @@ from qlora_helpers.scoring import label_logits
 # Mistral-7B and Qwen3-4B on an H100 6.4e-3 and 3.9e-2. With rows that read each other, SmolLM2
 # showed at least .22, and with a softcap of 30 left out .15.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
-_WINDOWS = {"sliding_window": "sliding_attention", "attention_chunk_size": "chunked_attention"}
 
 
 def check_window(model_config: PreTrainedConfig, config: RunConfig) -> None:
-    """Raise ModelError if prompts may be longer than the window of the model's attention: packed
-    attention has none."""
+    """Raise ModelError if prompts may be longer than the window of the model's attention."""
     text = model_config.get_text_config()
-    kinds = getattr(text, "layer_types", None)  # where a config names them, they decide
-    for name, kind in _WINDOWS.items():
-        window = getattr(text, name, None)
-        if window and (kinds is None or kind in kinds) and window < config.max_length:
-            raise ModelError(
-                f"max_length is {config.max_length}, and the attention of {config.base_model!r} "
-                f"(family {model_config.model_type!r}) reaches back {window} tokens, which packed "
-                f"batches do not keep to: set QLORA_MAX_LENGTH to {window} or less, or choose "
-                "another base model."
-            )
+    window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
+    if window and window < config.max_length and (kinds is None or "sliding_attention" in kinds):
+        raise ModelError(
+            f"max_length is {config.max_length}, and the attention of {config.base_model!r} "
+            f"(family {model_config.model_type!r}) reaches back {window} tokens, which packed "
+            f"batches do not keep to: set QLORA_MAX_LENGTH to {window} or less, or choose another "
+            "base model."
+        )
 
 
 def check_family(model: PreTrainedModel, config: RunConfig) -> None:
-    """Raise ModelError unless `model` gives for two short rows in a packed batch the logits that
-    the library gives for each of them alone. From then on it runs packed batches.
+    """Raise ModelError unless a packed batch of two rows gives the library's logits for each alone.
 
-    Args:
-        model: a base model in eval mode, with the attention that the library chose for it.
-        config: names the base model in the message.
+    From then on `model`, which is in eval mode, runs packed batches.
     """
     if problem := _problem(model):
         raise ModelError(
@@ -50,23 +43,19 @@ def check_family(model: PreTrainedModel, config: RunConfig) -> None:
 
 @torch.no_grad()
 def _problem(model: PreTrainedModel) -> str:
-    """What is wrong with packed batches of `model`; empty if nothing is."""
+    """Return what is wrong with packed batches of `model`; empty if nothing is."""
     try:
         step = model.get_output_embeddings().weight.shape[0] // 16
-        # the second is short, and so most of it would see what it should not
+        # The second row is short: most of it would see what it should not.
         rows = [list(range(step, 10 * step, step)), list(range(10 * step, 13 * step, step))]
-        own = torch.stack(
-            [
-                model(torch.tensor([row], device=model.device), use_cache=False).logits[0, -1]
-                for row in rows
-            ]
-        ).float()
+        batches = [torch.tensor([row], device=model.device) for row in rows]
+        own = torch.cat([model(batch, use_cache=False).logits[:, -1] for batch in batches]).float()
         if not own.isfinite().all():
             return f"in {str(model.dtype).removeprefix('torch.')} its logits are not finite"
-        # the likeliest tokens show scales and softcaps, the rows' own what was read
+        # The likeliest tokens show scales and softcaps, the rows' own what was read.
         ids = sorted({*own.topk(8).indices.flatten().tolist(), *rows[0], *rows[1]})
         use_packed_attention(model)
-        model.base_model.layers  # noqa: B018 (training checkpoints them by this name)
+        layers = model.base_model.layers  # training checkpoints them by this name
         packed = label_logits(model, rows, ids)
     except torch.OutOfMemoryError:
         raise
@@ -80,7 +69,7 @@ def _problem(model: PreTrainedModel) -> str:
             f"the logits of two rows in one batch differ by {difference:.0%} from the library's "
             f"own for each row alone, where rounding explains {_ROUNDING[model.dtype]:.2%}"
         )
-    for name, parameter in model.base_model.layers.named_parameters():
+    for name, parameter in layers.named_parameters():
         if parameter.dim() > 2:  # the experts of a mixture
             return f"layers.{name} is not the matrix of a linear layer, as NF4 and LoRA need it"
     return ""

@@ -2,21 +2,19 @@
 
 import dataclasses
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from lora_models import gradients, library_model, lora_config, with_random_b
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
-from qlora_helpers.adapter import load_adapter, save_adapter
-from qlora_helpers.classifier import HeadlineClassifier
+from qlora_helpers.adapter import save_adapter
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
-from qlora_helpers.export import merge_adapter
 from qlora_helpers.fast.plan import checkpoint_layers
 from qlora_helpers.model import attach_lora, load_base_model
-from qlora_helpers.scoring import _label_logits_after, _read_prefix, label_logits
+from qlora_helpers.scoring import _score_after, label_logits
 
 # bitsandbytes reads NF4 on a CPU rightly where a layer's inputs are a multiple of 64
 TINY = {
@@ -35,35 +33,23 @@ TINY = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
-# a family, and what it needs beside TINY; None takes a field away
-RIGHT = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {},
-    "qwen3": {},
-    "gemma": {},
+# families that need nothing beside TINY, and what others need; None takes a field away
+PLAIN = (
+    "llama mistral qwen2 qwen3 gemma phi phi3 olmo olmo2 smollm3 starcoder2 gpt_neox glm glm4 "
+    "helium arcee ernie4_5 hunyuan_v1_dense ministral3"
+)
+RIGHT = dict.fromkeys(PLAIN.split(), {}) | {
     "gemma3_text": SLIDING | {"sliding_window": 256},
-    "phi": {},
-    "phi3": {},
-    "olmo": {},
-    "olmo2": {},
     "olmo3": SLIDING | {"sliding_window": 256},
-    "smollm3": {},
-    "starcoder2": {},
-    "gpt_neox": {},
-    "glm": {},
-    "glm4": {},
-    "helium": {},
-    "arcee": {},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
-    "ernie4_5": {},
-    "hunyuan_v1_dense": {},
     "ministral": {"sliding_window": 256},
-    "ministral3": {},
     "exaone4": SLIDING | {"sliding_window": 256},
 }
 DIFFER = "logits of two rows in one batch differ by"
 LAYERS = "no attribute 'layers'"
+MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+LINEAR = {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+SHARED = {"shared_expert_intermediate_size": 64}
 # and what the message says of it
 REFUSED = {
     # rows of a packed batch read each other
@@ -76,26 +62,12 @@ REFUSED = {
     "mamba": ({"state_size": 8}, "does not run"),
     "mamba2": ({"state_size": 8, "num_heads": 8, "n_groups": 1}, DIFFER),
     "jamba": ({}, DIFFER),
-    "falcon_h1": (
-        {
-            "mamba_d_ssm": 64,
-            "mamba_n_heads": 4,
-            "mamba_d_head": 16,
-            "mamba_d_state": 8,
-            "mamba_n_groups": 1,
-        },
-        DIFFER,
-    ),
+    "falcon_h1": (MAMBA | {"mamba_n_groups": 1}, DIFFER),
     "qwen3_next": (
         EXPERTS
-        | {
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "shared_expert_intermediate_size": 64,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
+        | SHARED
+        | LINEAR
+        | {"linear_num_value_heads": 2, "layer_types": ["linear_attention", "full_attention"]},
         DIFFER,
     ),
     "recurrent_gemma": ({}, DIFFER),
@@ -118,7 +90,7 @@ REFUSED = {
     "rwkv": ({}, LAYERS),
     # its experts are not linear layers
     "mixtral": ({"num_local_experts": 4}, "experts"),
-    "qwen2_moe": (EXPERTS | {"shared_expert_intermediate_size": 64}, "experts"),
+    "qwen2_moe": (EXPERTS | SHARED, "experts"),
     "qwen3_moe": (EXPERTS, "experts"),
     "olmoe": (EXPERTS, "experts"),
     # the decoder is not at `base_model`
@@ -126,17 +98,13 @@ REFUSED = {
 }
 CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
 LABEL_IDS = [5, 70, 33, 101]
-TARGETS = torch.tensor([1, 0, 3, 2])
+EVERYTHING = list(range(128))
+_GENERATOR = torch.Generator().manual_seed(3)
+# four rows of token ids, one of them a single token
+ROWS = [torch.randint(3, 128, (n,), generator=_GENERATOR).tolist() for n in (14, 5, 9, 1)]
 
 
-@pytest.fixture(scope="module")
-def rows() -> list[list[int]]:
-    """Four rows of token ids, one of them a single token."""
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, 128, (n,), generator=generator).tolist() for n in (14, 5, 9, 1)]
-
-
-def save_tiny(family: str, choices: dict, folder) -> str:
+def save_tiny(family: str, choices: dict, folder) -> RunConfig:
     """Write a random model of `family`, with weights so large that every part of it is felt."""
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this Transformers has no family {family!r}")
@@ -149,34 +117,19 @@ def save_tiny(family: str, choices: dict, folder) -> str:
             noise = torch.randn(parameter.shape, generator=generator) * 0.3
             parameter.copy_(noise if parameter.dim() > 1 else parameter + noise)
     model.save_pretrained(folder)
-    return str(folder)
+    return dataclasses.replace(CONFIG, base_model=str(folder))
 
 
 @pytest.fixture(scope="module", params=RIGHT)
 def right(request, tmp_path_factory) -> RunConfig:
     """The config of a run with a tiny model of a family that is right."""
-    folder = tmp_path_factory.mktemp(request.param)
-    folder = save_tiny(request.param, RIGHT[request.param], folder)
-    return dataclasses.replace(CONFIG, base_model=folder)
-
-
-def library_model(folder: str):
-    """The same model in NF4, loaded by the library alone."""
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=nf4
-    )
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # has no backward
-    return model.eval()
+    return save_tiny(request.param, RIGHT[request.param], tmp_path_factory.mktemp(request.param))
 
 
 def library_logits(model, rows) -> torch.Tensor:
     """(rows, vocabulary): of each row alone, at its last token, by the library's own forward."""
-    return torch.cat([model(torch.tensor([row]), use_cache=False).logits[:, -1] for row in rows])
+    rows = [torch.tensor([row], device=model.device) for row in rows]
+    return torch.cat([model(row, use_cache=False).logits[:, -1] for row in rows])
 
 
 def assert_same_probabilities(found, logits):
@@ -184,51 +137,33 @@ def assert_same_probabilities(found, logits):
 
 
 @torch.no_grad()
-def test_a_family_is_right_packed_and_alone(right, rows):
-    model, expected = load_base_model(right), library_logits(library_model(right.base_model), rows)
-    everything = list(range(128))
-    assert_same_probabilities(label_logits(model, rows, everything), expected)
-    for row, logits in zip(rows, expected, strict=True):
-        assert_same_probabilities(label_logits(model, [row], everything), logits[None])
+def test_a_family_is_right_packed_alone_and_after_a_prefix(right):
+    model, library = load_base_model(right), library_model(right.base_model)
+    expected = library_logits(library, ROWS)
+    assert_same_probabilities(label_logits(model, ROWS, EVERYTHING), expected)
+    for row, logits in zip(ROWS, expected, strict=True):
+        assert_same_probabilities(label_logits(model, [row], EVERYTHING), logits[None])
+    prefix = (ROWS[0] + ROWS[2]) * 12  # 276 tokens, more than the window
+    expected = library_logits(library, [prefix + row for row in ROWS])
+    with _score_after(model, prefix, EVERYTHING) as logits_of:
+        assert_same_probabilities(logits_of(ROWS), expected)
 
 
-@torch.no_grad()
-def test_rows_after_a_prefix_are_right_in_a_longer_text_than_the_window(right, rows):
-    model, plain = load_base_model(right), library_model(right.base_model)
-    prefix = (rows[0] + rows[2]) * 12  # 276 tokens
-    expected = library_logits(plain, [prefix + row for row in rows])
-    found = _label_logits_after(model, _read_prefix(model, prefix), rows, list(range(128)))
-    assert_same_probabilities(found, expected)
-
-
-def lora_model(run: RunConfig) -> PeftModel:
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = attach_lora(load_base_model(run), lora, seed=1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def test_lora_gives_pefts_values_and_gradients(right, rows, tmp_path):
-    model = lora_model(right)
+def test_lora_gives_pefts_values_and_gradients(right, tmp_path):
+    model = with_random_b(attach_lora(load_base_model(right), lora_config(r=4), seed=1))
     save_adapter(model, right, tmp_path / "adapter")
-    plain = PeftModel.from_pretrained(
-        library_model(right.base_model), tmp_path / "adapter", is_trainable=True
-    )
-
-    def gradients(model) -> dict[str, torch.Tensor]:
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    logits = library_logits(plain.train(), rows)[:, LABEL_IDS]
-    cross_entropy(logits, TARGETS).backward()
+    library = library_model(right.base_model)
+    plain = PeftModel.from_pretrained(library, tmp_path / "adapter", is_trainable=True)
+    targets = torch.tensor([1, 0, 3, 2], device=model.device)
+    logits = library_logits(plain.train(), ROWS)[:, LABEL_IDS]
+    cross_entropy(logits, targets).backward()
     expected = gradients(plain)
     assert len(expected) >= 2 * 2 * 2  # A and B beside two linear layers or more, in two layers
     for checkpointed in (0, 2):
         checkpoint_layers(model.train(), checkpointed)
         model.zero_grad()
-        found = label_logits(model, rows, LABEL_IDS)
-        cross_entropy(found, TARGETS).backward()
+        found = label_logits(model, ROWS, LABEL_IDS)
+        cross_entropy(found, targets).backward()
         assert_same_probabilities(found, logits)
         assert gradients(model).keys() == expected.keys()
         for name, gradient in gradients(model).items():
@@ -236,32 +171,17 @@ def test_lora_gives_pefts_values_and_gradients(right, rows, tmp_path):
             torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
-@torch.no_grad()
-def test_an_adapter_is_read_back_and_merged(right, rows, tokenizer, tmp_path):
-    tuned = lora_model(right).eval()
-    expected = label_logits(tuned, rows, LABEL_IDS)
-    save_adapter(tuned, right, tmp_path / "adapter")
-    model = load_adapter(load_base_model(right), tmp_path / "adapter")
-    assert_same_probabilities(label_logits(model, rows, LABEL_IDS), expected)
-    folder = merge_adapter(HeadlineClassifier(model, tokenizer, right), tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = library_logits(merged, rows)[:, LABEL_IDS]
-    # it is written in float16
-    torch.testing.assert_close(found.softmax(1), expected.softmax(1), atol=0.01, rtol=0)
-
-
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_is_refused_by_name(family, tmp_path):
     choices, why = REFUSED[family]
-    run = dataclasses.replace(CONFIG, base_model=save_tiny(family, choices, tmp_path))
+    run = save_tiny(family, choices, tmp_path)
     with pytest.raises(ModelError, match=f"is of the family '{family}', .*{why}"):
         load_base_model(run)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
 def test_a_prompt_may_be_as_long_as_the_models_window(family, tmp_path):
-    choices = RIGHT[family] | {"sliding_window": 64}
-    run = dataclasses.replace(CONFIG, base_model=save_tiny(family, choices, tmp_path))
+    run = save_tiny(family, RIGHT[family] | {"sliding_window": 64}, tmp_path)
     load_base_model(dataclasses.replace(run, max_length=64))
     with pytest.raises(ModelError, match=f"'{family}'.* 64 tokens.* set QLORA_MAX_LENGTH to 64"):
         load_base_model(dataclasses.replace(run, max_length=65))

@@ -1,3 +1,5 @@
+"""Label probabilities: right alone, in batches, in threads, after a prefix and in little memory."""
+
 import copy
 import dataclasses
 import threading
@@ -6,12 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig
+from lora_models import lora_config, with_random_b
 from transformers import AutoModelForCausalLM
 
 from qlora_helpers import scoring
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
-from qlora_helpers.data import load_rows
 from qlora_helpers.errors import ModelError
 from qlora_helpers.fast.packing import use_packed_attention
 from qlora_helpers.metrics import with_temperature
@@ -20,12 +21,13 @@ from qlora_helpers.prompts import build_prompt, encode_prompts, few_shot_prefix,
 from qlora_helpers.scoring import label_logits, label_probabilities, length_batches
 
 CONFIG = RunConfig(profile="cpu", **PROFILES["cpu"])
+TOLERANCE = 1e-5 if compute_dtype()[0] == torch.float32 else 0.02
 TEXTS = [
     "Rain stops play",
-    "Parliament in Dhaka votes on Thursday after three weeks of strikes that closed the port and emptied its streets of buses",
+    "Parliament in Dhaka votes on Thursday after three weeks of strikes that closed the port",
     "Oil climbs",
     "A browser written by volunteers closes eleven holes, two of them known since the spring",
-    "Goalkeeper saves twice in shoot-out as Bergen reach the final for the first time since the club was founded by dockers",
+    "Goalkeeper saves twice in shoot-out as Bergen reach the final for the first time since 1910",
 ]
 
 
@@ -48,238 +50,150 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(scoring, "TOKENS_PER_BATCH", {"cpu": 40, "cuda": 40})
 
 
-def _encode(tokenizer, texts):
-    return encode_prompts(tokenizer, texts, 256)
-
-
-@torch.no_grad()
 def test_label_logits_are_the_full_models_logits_of_the_next_token(exact):
     model, tokenizer = exact
-    ids = label_token_ids(tokenizer, LABELS)
-    expected = torch.stack(
-        [
-            model(input_ids=torch.tensor([tokens], device=model.device)).logits[0, -1, ids]
-            for tokens in encode_prompts(tokenizer, TEXTS, 256)
-        ]
-    )
-    torch.testing.assert_close(
-        label_logits(model, _encode(tokenizer, TEXTS), ids), expected, atol=2e-4, rtol=0
-    )
+    encoded, ids = encode_prompts(tokenizer, TEXTS, 256), label_token_ids(tokenizer, LABELS)
+    with torch.no_grad():
+        expected = [model(torch.tensor([row])).logits[0, -1, ids] for row in encoded]
+        together = label_logits(model, encoded, ids)
+        alone = torch.cat([label_logits(model, [row], ids) for row in encoded])
+    torch.testing.assert_close(together, torch.stack(expected), atol=1e-4, rtol=0)
+    probabilities = together.double().softmax(1)
+    torch.testing.assert_close(probabilities, alone.double().softmax(1), atol=1e-6, rtol=0)
 
 
 def test_labels_do_not_tie_in_half_precision(exact):
-    """The head's product is in float32: in bfloat16, logits near 20 are 0.125 apart, and labels tie for the first place."""
+    """In bfloat16, logits near 20 are 0.125 apart, and labels tie for the first place."""
     model, tokenizer = exact
     ids = label_token_ids(tokenizer, LABELS)
-    head = model.get_output_embeddings()
-    hidden = torch.randn(400, head.in_features, generator=torch.Generator().manual_seed(0)) * 3
+    half = copy.deepcopy(model.get_output_embeddings()).to(torch.bfloat16)
+    hidden = torch.randn(400, half.in_features, generator=torch.Generator().manual_seed(0)) * 3
     hidden = hidden.to(torch.bfloat16)
-    expected = hidden.float() @ head.weight[ids].to(torch.bfloat16).float().T
-    half = copy.deepcopy(head).to(torch.bfloat16)
     found = scoring._at_labels(SimpleNamespace(get_output_embeddings=lambda: half), hidden, ids)
+    expected = hidden.float() @ half.weight[ids].float().T
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     first, second = found.topk(2).values.T
     assert (first > second).all()
-    rounded = (hidden @ half.weight[ids].T).topk(2).values  # what it would be
-    assert (rounded[:, 0] == rounded[:, 1]).any()
+    first, second = (hidden @ half.weight[ids].T).topk(2).values.T  # what it would be
+    assert (first == second).any()
 
 
 def test_one_row_at_a_time_gives_what_a_batch_gives(base):
-    model, tokenizer = base
-    tolerance = 1e-5 if compute_dtype()[0] == torch.float32 else 0.02
-    together = label_probabilities(model, tokenizer, TEXTS, CONFIG)
-    alone = np.concatenate(
-        [label_probabilities(model, tokenizer, [text], CONFIG) for text in TEXTS]
-    )
-    np.testing.assert_allclose(together, alone, atol=tolerance, rtol=0)
+    together = label_probabilities(*base, TEXTS, CONFIG)
+    alone = np.concatenate([label_probabilities(*base, [text], CONFIG) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=TOLERANCE, rtol=0)
 
 
 def test_probabilities_are_a_softmax_over_the_labels_in_the_order_of_the_texts(
     exact, small_batches
 ):
     model, tokenizer = exact
+    config, texts = dataclasses.replace(CONFIG, max_length=32), [*TEXTS[:4], " ".join(TEXTS)]
+    encoded, ids = encode_prompts(tokenizer, texts, 32), label_token_ids(tokenizer, LABELS)
+    assert len(encoded[4]) == 32  # it is cut
     with torch.no_grad():
-        logits = (
-            label_logits(model, _encode(tokenizer, TEXTS), label_token_ids(tokenizer, LABELS))
-            .double()
-            .cpu()
-        )
-    probabilities = label_probabilities(model, tokenizer, TEXTS, CONFIG)
-    assert probabilities.dtype == np.float64
-    np.testing.assert_allclose(
-        probabilities, (logits.exp() / logits.exp().sum(1, keepdim=True)).numpy(), atol=1e-5
-    )
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-9, rtol=0)
+        expected = label_logits(model, encoded, ids).double().softmax(1).numpy()
+    found = label_probabilities(model, tokenizer, texts, config)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-9, rtol=0)
     order = [3, 0, 4, 2, 1]
-    shuffled = label_probabilities(model, tokenizer, [TEXTS[i] for i in order], CONFIG)
-    np.testing.assert_allclose(shuffled, probabilities[order], atol=1e-5)
-    assert len(np.unique(probabilities.round(3), axis=0)) == len(
-        TEXTS
-    )  # else no order could be seen
+    shuffled = label_probabilities(model, tokenizer, [texts[i] for i in order], config)
+    np.testing.assert_allclose(shuffled, found[order], atol=1e-6)
+    assert len(np.unique(found.round(3), axis=0)) == 5  # else no order could be seen
+    softer = label_probabilities(model, tokenizer, texts, config, temperature=2.5)
+    np.testing.assert_allclose(softer, with_temperature(found, 2.5), atol=1e-12)
+    assert label_probabilities(model, tokenizer, [], config).shape == (0, 4)
 
 
-def test_an_over_long_text_is_scored_at_its_prompts_end(exact):
-    model, tokenizer = exact
-    [ids] = encode_prompts(tokenizer, [" ".join(TEXTS) * 40], 48)
-    with torch.no_grad():
-        logits = (
-            model(input_ids=torch.tensor([ids], device=model.device))
-            .logits[0, -1, label_token_ids(tokenizer, LABELS)]
-            .double()
-            .cpu()
-        )
-    found = label_probabilities(
-        model, tokenizer, [" ".join(TEXTS) * 40], dataclasses.replace(CONFIG, max_length=48)
-    )
-    np.testing.assert_allclose(found[0], logits.softmax(-1).numpy(), atol=1e-5)
-
-
-def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(exact, small_batches):
-    model, tokenizer = exact
-    prefix = few_shot_prefix(
-        ["Keeper saves twice", "Oil climbs as ports close"], [" Sports", " Business"]
-    )
-    assert (
-        prefix
-        == "Keeper saves twice\nTopic: Sports\n\nOil climbs as ports close\nTopic: Business\n\n"
-    )
-    found = label_probabilities(model, tokenizer, TEXTS, CONFIG, prefix=prefix)
-    ids = label_token_ids(tokenizer, LABELS)
-    for row, text in zip(found, TEXTS, strict=True):
-        whole = tokenizer(prefix + build_prompt(text)).input_ids
-        assert (
-            whole != tokenizer(prefix).input_ids + tokenizer(build_prompt(text)).input_ids
-        )  # the last line end joins another
-        with torch.no_grad():
-            logits = model(torch.tensor([whole])).logits[0, -1, ids].double()
-        np.testing.assert_allclose(row, logits.softmax(-1).numpy(), atol=1e-5)
-    plain = label_probabilities(model, tokenizer, TEXTS, CONFIG)
-    assert abs(found - plain).max() > 0.05
-    np.testing.assert_array_equal(
-        label_probabilities(model, tokenizer, TEXTS, CONFIG), plain
-    )  # nothing of the examples is left
-
-
-def test_what_rows_share_is_read_once_and_no_row_is_empty(exact, monkeypatch):
-    """One row, equal rows, and rows that share more than the examples."""
-    model, tokenizer = exact
-    prefix, read = few_shot_prefix(["Keeper saves twice"], [" Sports"]), []
-    real = scoring._read_prefix
-    monkeypatch.setattr(
-        scoring, "_read_prefix", lambda model, ids: read.append(len(ids)) or real(model, ids)
-    )
-    [alone] = label_probabilities(model, tokenizer, ["Rain stops play"], CONFIG, prefix=prefix)
-    twice = label_probabilities(model, tokenizer, ["Rain stops play"] * 2, CONFIG, prefix=prefix)
-    other = label_probabilities(
-        model, tokenizer, ["Rain stops play", "Rain stops the vote"], CONFIG, prefix=prefix
-    )
-    np.testing.assert_allclose(twice, [alone, alone], atol=1e-5)
-    np.testing.assert_allclose(other[0], alone, atol=1e-5)
-    assert (
-        read[0]
-        == read[1]
-        == len(tokenizer(prefix + build_prompt("Rain stops play")).input_ids) - 1
-        > read[2]
-        > 5
-    )
-    assert label_probabilities(model, tokenizer, [], CONFIG, prefix=prefix).shape == (0, 4)
-
-
-def test_the_zero_shot_answers_are_those_of_the_base_model_without_any_adapter(
-    tiny, tokenizer, config
+def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(
+    exact, small_batches, monkeypatch
 ):
-    run = dataclasses.replace(config, base_model=tiny)
-    expected = label_probabilities(load_base_model(run), tokenizer, TEXTS, CONFIG)
-    model = attach_lora(
-        load_base_model(run), LoraConfig(target_modules="all-linear", lora_dropout=0.5), seed=1
-    )
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    assert abs(label_probabilities(model, tokenizer, TEXTS, CONFIG) - expected).max() > 0.1
-    with model.disable_adapter():
-        np.testing.assert_allclose(
-            label_probabilities(model, tokenizer, TEXTS, CONFIG), expected, atol=1e-6, rtol=0
-        )
+    model, tokenizer = exact
+    prefix = few_shot_prefix(["Keeper saves twice", "Oil climbs again"], [" Sports", " Business"])
+    assert prefix == "Keeper saves twice\nTopic: Sports\n\nOil climbs again\nTopic: Business\n\n"
+    ids, read, real = label_token_ids(tokenizer, LABELS), [], scoring._score_after
+
+    def score_after(model, shared, label_ids):
+        read.append(len(shared))
+        return real(model, shared, label_ids)
+
+    monkeypatch.setattr(scoring, "_score_after", score_after)
+    plain = label_probabilities(model, tokenizer, TEXTS, CONFIG)
+    # Five rows, one row, equal rows, and rows that share more than the examples.
+    for texts in (TEXTS, TEXTS[:1], TEXTS[:1] * 2, ["Rain stops play", "Rain stops the vote"]):
+        found = label_probabilities(model, tokenizer, texts, CONFIG, prefix=prefix)
+        encoded = [tokenizer(prefix + build_prompt(text)).input_ids for text in texts]
+        with torch.no_grad():
+            logits = [model(torch.tensor([row])).logits[0, -1, ids].double() for row in encoded]
+        np.testing.assert_allclose(found, torch.stack(logits).softmax(1).numpy(), atol=1e-6)
+    five, one, equal, alike = read
+    assert one == equal == len(tokenizer(prefix + build_prompt(TEXTS[0])).input_ids) - 1
+    assert 5 < five < alike < one
+    assert label_probabilities(model, tokenizer, [], CONFIG, prefix=prefix).shape == (0, 4)
+    # Nothing of the examples is left.
+    np.testing.assert_array_equal(label_probabilities(model, tokenizer, TEXTS, CONFIG), plain)
 
 
 def test_batches_that_run_out_of_memory_are_halved_and_nothing_changes(small, monkeypatch):
     texts = [f"{i} goals " * (1 + i % 5) for i in range(23)]
-    short = dataclasses.replace(CONFIG, max_length=64)
-    expected, real, sizes = label_probabilities(*small, texts, short), scoring.label_logits, []
+    expected, sizes, limit = label_probabilities(*small, texts, CONFIG), [], 6
 
-    def limited(limit):
-        def logits(model, rows, label_ids):
-            sizes.append(len(rows))
-            if len(rows) > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(model, rows, label_ids)
+    def limited(model, rows, label_ids):
+        sizes.append(len(rows))
+        if len(rows) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_logits(model, rows, label_ids)
 
-        return logits
-
-    monkeypatch.setattr(scoring, "label_logits", limited(6))
-    np.testing.assert_allclose(label_probabilities(*small, texts, short), expected, atol=1e-5)
+    monkeypatch.setattr(scoring, "label_logits", limited)
+    found = label_probabilities(*small, texts, CONFIG)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)
     assert sizes == [23, 11, 5, 6, 6, 6]
-    monkeypatch.setattr(scoring, "label_logits", limited(0))
+    limit = 0
     with pytest.raises(ModelError, match="QLORA_MAX_LENGTH"):
-        label_probabilities(*small, texts, short)
+        label_probabilities(*small, texts, CONFIG)
 
 
 def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(
     small, small_batches, monkeypatch
 ):
-    one_by_one = np.concatenate([label_probabilities(*small, [text], CONFIG) for text in TEXTS * 2])
-    before, seen = torch.get_num_threads(), set()
+    texts, seen, counted = TEXTS * 2, set(), []
+    one_by_one = np.concatenate([label_probabilities(*small, [text], CONFIG) for text in texts])
 
-    def watched(*args):
-        seen.add(
-            (
-                threading.current_thread() is threading.main_thread(),
-                torch.get_num_threads(),
-                torch.is_grad_enabled(),
-            )
-        )
-        return label_logits(*args)
+    def watched(*args, **options):
+        in_main = threading.current_thread() is threading.main_thread()
+        seen.add((in_main, torch.get_num_threads(), torch.is_grad_enabled()))
+        return label_logits(*args, **options)
 
     def stop(rows):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(scoring, "label_logits", watched)
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        counted = []
-        found = label_probabilities(*small, TEXTS * 2, CONFIG, progress=counted.append)
+        found = label_probabilities(*small, texts, CONFIG, progress=counted.append)
         with pytest.raises(KeyboardInterrupt):
-            label_probabilities(*small, TEXTS * 2, CONFIG, progress=stop)
+            label_probabilities(*small, texts, CONFIG, progress=stop)
         assert torch.get_num_threads() == 2 and torch.is_grad_enabled()
     finally:
         torch.set_num_threads(before)
     assert seen == {(False, 1, False)} and sum(counted) == 10 and len(counted) > 2
-    np.testing.assert_allclose(
-        found, one_by_one, atol=1e-5 if compute_dtype()[0] == torch.float32 else 2e-2
-    )
+    np.testing.assert_allclose(found, one_by_one, atol=TOLERANCE)
 
 
-def test_a_temperature_divides_the_logits(small):
-    once = label_probabilities(*small, TEXTS, CONFIG)
-    np.testing.assert_allclose(
-        label_probabilities(*small, TEXTS, CONFIG, temperature=2.5),
-        with_temperature(once, 2.5),
-        atol=1e-12,
-    )
-
-
-def test_no_text_gives_no_row(small):
-    assert label_probabilities(*small, [], CONFIG).shape == (0, 4)
+def test_progress_is_one_line(small, capsys):
+    label_probabilities(*small, TEXTS, CONFIG, progress="tuned model")
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "tuned model: 100%" in shown and "5/5" in shown
+    label_probabilities(*small, TEXTS, CONFIG)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_was(tiny, tokenizer, config, training):
-    lora = LoraConfig(target_modules="all-linear", lora_dropout=0.5)
-    model = attach_lora(load_base_model(dataclasses.replace(config, base_model=tiny)), lora, seed=1)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
+def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_was(tiny, tokenizer, training):
+    base = load_base_model(dataclasses.replace(CONFIG, base_model=tiny))
+    model = with_random_b(attach_lora(base, lora_config(lora_dropout=0.5), seed=1))
     expected = label_probabilities(model.eval(), tokenizer, TEXTS, CONFIG)
     model.train(training)
     np.testing.assert_array_equal(label_probabilities(model, tokenizer, TEXTS, CONFIG), expected)
@@ -287,19 +201,9 @@ def test_scoring_has_no_dropout_and_leaves_the_mode_as_it_was(tiny, tokenizer, c
 
 
 def test_length_batches():
-    def rows(*lengths):
-        return [[0] * length for length in lengths]
+    def batches(*lengths):
+        return length_batches([[0] * length for length in lengths], 12)
 
-    assert length_batches(rows(3, 9, 4, 2, 4), 12) == [[1], [2, 4, 0], [3]]
-    assert length_batches(rows(2, 50, 2), 12) == [[1], [0, 2]]  # a row over the budget, alone
-    assert length_batches([], 12) == []
-
-
-def test_length_batches_take_each_real_row_once_within_the_budget(tokenizer, config):
-    encoded = encode_prompts(tokenizer, load_rows(config)["test"].raw.tolist(), 256)
-    batches = length_batches(encoded, 512)
-    assert sorted(i for batch in batches for i in batch) == list(range(80))
-    assert max(sum(len(encoded[i]) for i in batch) for batch in batches) <= 512
-    assert sum(len(batch) * len(encoded[batch[0]]) for batch in batches) < 1.1 * sum(
-        map(len, encoded)
-    )  # places, in attention
+    assert batches(3, 9, 4, 2, 4) == [[1], [2, 4, 0], [3]]
+    assert batches(2, 50, 2) == [[1], [0, 2]]  # a row over the budget, alone
+    assert batches() == []

@@ -1,1 +1,1 @@
-"""Training and scoring in fewer and leaner passes: fused LoRA layers, packed batches, and the plan of a batch."""
+"""Faster training and scoring: fused LoRA layers, packed batches, and the batch plan."""

@@ -1,4 +1,4 @@
-"""Dropout whose masks belong to the training rows: the same however an effective batch is cut."""
+"""Dropout whose masks belong to the rows of a batch: the same however an effective batch is cut."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,26 +6,21 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from qlora_helpers.fast import kernels
 
-_keys = None  # of the tokens of the micro-batch in `masks_of`
+_keys = None  # in `masks_of`: an int32 key for each token of the micro-batch
 
 
 @contextlib.contextmanager
 def masks_of(
     seed: Sequence[int], rows: Sequence[int], lengths: Sequence[int], device: torch.device
 ) -> Iterator[None]:
-    """Let each `RowDropout` draw, in this block, the masks of a packed batch by its rows.
+    """In this block, let each `RowDropout` draw the masks of a packed batch by its rows.
 
-    Forward and backward pass both belong into the block: masks are drawn again in backward.
-
-    Args:
-        seed: numbers from 0, the same in all micro-batches of a step and no other: seed and step.
-        rows: each row's number, which no other row of the step has.
-        lengths: each row's number of tokens.
-        device: the model's.
+    Forward and backward both belong into the block: backward draws the masks again. `seed` names
+    the optimizer step (numbers from 0), `rows` has a number for each row, unique within the step,
+    and `lengths` its number of tokens.
     """
     global _keys
     start = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)
@@ -40,20 +35,22 @@ def masks_of(
 
 
 class RowDropout(nn.Dropout):
-    """Dropout on packed tokens, (1, tokens, width). In `masks_of` an element's mask depends on the
-    seed, its row, its place in it, its column, and this layer's `number`: on nothing else, neither
-    the micro-batch nor a random state. Elsewhere, and on other tokens than the batch's (an
-    expert's share of them), it depends on a draw from the CPU's generator."""
+    """Dropout on packed tokens (1, tokens, width); in backward the mask is drawn again.
+
+    In `masks_of`, an element's mask depends on the seed, its row, its place there, its column and
+    this layer's `number`, and on nothing else. Elsewhere, and for another number of tokens than the
+    batch has, it depends on a draw from the CPU's generator.
+    """
 
     def __init__(self, p: float, number: int):
         super().__init__(p)
         self.number = number
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """(tokens,) int32, from which `kernels.keep_mask` draws the mask of `x`."""
+        """Return (tokens,) int32 keys, from which `kernels.keep_mask` draws the mask of `x`."""
         tokens = x.shape[:-1].numel()
         if _keys is not None and len(_keys) == tokens:
-            return _keys + self.number * 0x9E3779B9 % 2**31  # far from each other's
+            return _keys + self.number * 0x9E3779B9 % 2**31  # far from the keys of other layers
         places = torch.arange(tokens, dtype=torch.int32, device=x.device)
         return kernels.mix(places) + int(torch.randint(2**31 - 1, ()))
 
@@ -68,13 +65,12 @@ class _Drop(torch.autograd.Function):
         return kernels.drop(x.flatten(0, -2), rate, keys).view_as(x).div_(1 - rate)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         return _Drop.forward(ctx, grad, ctx.rate, ctx.keys), None, None
 
 
 def use_row_dropout(model: nn.Module) -> None:
-    """Put a `RowDropout` in the place of each dropout of `model`, LoRA's and its own."""
+    """Replace each dropout of `model`, its own and that of LoRA, by a `RowDropout`."""
     for number, parent in enumerate(list(model.modules())):
         for name, child in parent.named_children():
             if type(child) is nn.Dropout and child.p:

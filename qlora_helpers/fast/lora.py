@@ -1,4 +1,4 @@
-"""Decoder layers with LoRA in fewer and leaner passes: PEFT's values and gradients, sooner and in less memory."""
+"""Decoder layers with LoRA in fewer passes, which give PEFT's values and gradients."""
 
 from functools import partial
 
@@ -11,152 +11,94 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
 
 from qlora_helpers.fast.dropout import use_row_dropout
 from qlora_helpers.fast.functions import Heads, Linear, SwiGlu
-from qlora_helpers.fast.groups import Group
+from qlora_helpers.fast.groups import Adapter, Group
 from qlora_helpers.fast.packing import take
 
 _FAMILIES = ("Llama", "Mistral")  # whose attention and MLP compute what is computed here
 
 
 def fuse_lora(model: PeftModel) -> PeftModel:
-    """`model`, patched in place: the attention and the MLP of a Llama or Mistral run packed batches with LoRA in few passes.
+    """Patch `model` in place: Llama and Mistral layers run packed batches with LoRA in few passes.
 
-    Each dropout becomes a `RowDropout`, in a model of any family. Layers that read the same input (q, k, v; gate, up) share its mask: still
-    dropout on each layer's input. It is drawn again in backward. Only inputs and rank-r products are kept for
-    backward; LoRA products run in the input's dtype, from float32 weights. Without gradients, the last layer's MLP sees each row's
-    last token alone, and large batches in float32 add B A to the weights first. An adapter that is switched off has rank 0 here: the base
-    model and the tuned model take the same code, and differ by B A alone. Where an adapter is merged or more than plain LoRA beside
-    frozen weights, and where a batch is not packed, PEFT's own layers run. Frozen weights become views of one matrix a group, their
-    scales float32 (the same values): move or deep-copy a model before, not after.
+    Each dropout becomes a `RowDropout`, in any family; layers with the same input share its mask.
+    Backward keeps inputs and products of rank r alone. LoRA runs in the input's dtype, from float32
+    weights. An adapter that is switched off has rank 0: base and tuned model run the same code.
+    PEFT's own layers run where a batch is not packed, or the adapter is merged or not plain LoRA.
+    Frozen weights become views of one matrix a group: move or deep-copy a model before, not after.
     """
     use_row_dropout(model)
+    last = None
     for block in list(model.modules()):
-        block.__dict__.pop(
-            "forward", None
-        )  # of an adapter that was there before: kept, it would hold that one's memory
+        block.__dict__.pop("forward", None)  # an earlier adapter's would keep its memory
         kind = type(block).__name__
-        if kind in {family + "RMSNorm" for family in _FAMILIES} and block.weight.is_cuda:
-            block.forward = partial(
-                rms_norm,
-                normalized_shape=block.weight.shape,
-                weight=block.weight,
-                eps=block.variance_epsilon,
-            )
-        elif kind in {family + "Attention" for family in _FAMILIES}:
-            groups = _groups([block.q_proj, block.k_proj, block.v_proj], [block.o_proj])
-            if groups:
-                block.forward = partial(_attention, block, *groups, block.forward)
-        elif kind in {family + "MLP" for family in _FAMILIES} and block.config.hidden_act == "silu":
-            groups = _groups([block.gate_proj, block.up_proj], [block.down_proj])
-            if groups:
-                block.forward = partial(_mlp, *groups, block.forward)
-    layers = [
-        block
-        for block in model.modules()
-        if type(block).__name__ in {family + "DecoderLayer" for family in _FAMILIES}
-    ]
-    if layers and "forward" in vars(layers[-1].mlp):
-        layers[-1].forward = partial(
-            _last_layer, layers[-1], layers[-1].mlp.forward.args[0], layers[-1].forward
-        )
+        part = kind.removeprefix(next(filter(kind.startswith, _FAMILIES), kind))
+        if part == "RMSNorm" and block.weight.is_cuda:
+            weight, eps = block.weight, block.variance_epsilon
+            block.forward = partial(rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+        elif part == "Attention":
+            _fuse(block, _attention, [block.q_proj, block.k_proj, block.v_proj], [block.o_proj])
+        elif part == "MLP" and block.config.hidden_act == "silu":
+            _fuse(block, _mlp, [block.gate_proj, block.up_proj], [block.down_proj])
+        elif part == "DecoderLayer":
+            last = block
+    if last and "forward" in vars(last.mlp):
+        last.forward = partial(_last_layer, last, last.forward)
     return model
 
 
-def _groups(*groups) -> "list[Group] | None":
-    for layer in (layer for group in groups for layer in group):
-        if not isinstance(layer, LoraLayer) or layer.lora_variant or any(layer.lora_bias.values()):
-            return None
-        base = layer.base_layer
-        packed = getattr(
-            getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False
-        )  # has no backward
-        if (
-            packed
-            or type(base) not in (Linear4bit, nn.Linear)
-            or base.bias is not None
-            or base.weight.requires_grad
-        ):
-            return None
-    return [Group(group) for group in groups]
+def _fuse(block: nn.Module, forward, *groups: list[nn.Module]) -> None:
+    if all(_is_plain_lora(layer) for group in groups for layer in group):
+        block.forward = partial(forward, block, *map(Group, groups), block.forward)
 
 
-def _attention(
-    block,
-    qkv,
-    out,
-    plain,
-    hidden_states,
-    position_embeddings,
-    attention_mask=None,
-    *args,
-    real=None,
-    place=None,
-    shape=None,
-    **kwargs,
-):
-    adapters = (qkv.adapter(), out.adapter())
-    if real is None or None in adapters:
-        return plain(
-            hidden_states,
-            position_embeddings,
-            attention_mask,
-            *args,
-            real=real,
-            place=place,
-            shape=shape,
-            **kwargs,
-        )
-    query, key, value = Heads.apply(
-        _linear(qkv, adapters[0], hidden_states[0]),
-        *position_embeddings,
-        real,
-        place,
-        shape,
-        block,
-    )
+def _is_plain_lora(layer: nn.Module) -> bool:
+    if not isinstance(layer, LoraLayer) or layer.lora_variant or any(layer.lora_bias.values()):
+        return False
+    base = layer.base_layer
+    is_frozen = base.bias is None and not base.weight.requires_grad
+    return is_frozen and type(base) in (Linear4bit, nn.Linear)
+
+
+def _attention(block, qkv, out, plain, hidden_states, position_embeddings, **kwargs):
+    qkv, out, real = qkv.adapter(), out.adapter(), kwargs.get("real")
+    if real is None or qkv is None or out is None:
+        return plain(hidden_states, position_embeddings, **kwargs)
+    x, place, shape = _linear(qkv, hidden_states[0]), kwargs["place"], kwargs["shape"]
+    query, key, value = Heads.apply(x, *position_embeddings, real, place, shape, block)
+    # No token attends to the padding, which comes after the tokens of a row.
     attended = scaled_dot_product_attention(query, key, value, is_causal=True, scale=block.scaling)
-    return _linear(out, adapters[1], take(attended, real))[None], None
+    return _linear(out, take(attended, real))[None], None
 
 
-def _mlp(pair, down, plain, x):
-    adapters = (pair.adapter(), down.adapter())
-    if None in adapters or adapters[0].is_off != adapters[1].is_off:
+def _mlp(block, pair, down, plain, x):
+    pair, down = pair.adapter(), down.adapter()
+    if pair is None or down is None:
         return plain(x)
     rows = x.flatten(0, -2)
-    if _adds_up(rows, *adapters):
-        gate, up = (rows @ weight.T for weight in pair.tuned(adapters[0]).split(pair.sizes))
-        return (silu(gate, inplace=True).mul_(up) @ down.tuned(adapters[1]).T).view_as(x)
-    choices = [
-        choice
-        for adapter in adapters
-        for choice in (adapter.scale, adapter.rate, adapter.keys(rows))
-    ]
-    parameters = adapters[0].parameters + adapters[1].parameters
-    return SwiGlu.apply(pair, down, *choices, rows, *parameters).view_as(x)
+    if _adds_up(rows, pair, down):
+        gate, up = (rows @ weight.T for weight in pair.tuned().split(pair.group.sizes))
+        return (silu(gate, inplace=True).mul_(up) @ down.tuned().T).view_as(x)
+    return SwiGlu.apply(pair, down, rows, *pair.parameters, *down.parameters).view_as(x)
 
 
-def _linear(group, adapter, x):
+def _linear(adapter: Adapter, x: torch.Tensor) -> torch.Tensor:
     if _adds_up(x, adapter):
-        return x @ group.tuned(adapter).T
-    return Linear.apply(group, adapter.scale, adapter.rate, adapter.keys(x), x, *adapter.parameters)
+        return x @ adapter.tuned().T
+    return Linear.apply(adapter, x, *adapter.parameters)
 
 
-def _adds_up(x, *adapters) -> bool:
-    """Whether weights and B A are added up before the product with x: less work where tokens outnumber inputs and nothing is kept for
-    backward, but half precision would round the sum."""
-    return (
-        not torch.is_grad_enabled()
-        and x.dtype == torch.float32
-        and len(x) > x.shape[1]
-        and not any(adapter.rate for adapter in adapters)
-    )
+def _adds_up(x: torch.Tensor, *adapters: Adapter) -> bool:
+    # B A is added to the weights where that is less work; half precision would round the sum.
+    if torch.is_grad_enabled() or x.dtype != torch.float32 or len(x) <= x.shape[1]:
+        return False
+    return not any(adapter.rate for adapter in adapters)
 
 
-def _last_layer(layer, pair, plain, hidden_states, ends=None, **kwargs):
-    """`plain`, its MLP for the last token of each row alone: without gradients nothing reads the others."""
-    if ends is None or torch.is_grad_enabled() or not pair.adapter():
+def _last_layer(layer, plain, hidden_states, ends=None, **kwargs):
+    """Run the MLP for the last token of each row alone: without gradients no other is read."""
+    if ends is None or torch.is_grad_enabled():
         return plain(hidden_states, ends=ends, **kwargs)
-    attended, _ = layer.self_attn(
-        hidden_states=layer.input_layernorm(hidden_states), ends=ends, **kwargs
-    )
+    states = layer.input_layernorm(hidden_states)
+    attended, _ = layer.self_attn(hidden_states=states, ends=ends, **kwargs)
     last = hidden_states[:, ends] + attended[:, ends]
     return hidden_states.index_copy(1, ends, last + layer.mlp(layer.post_attention_layernorm(last)))

@@ -1,4 +1,4 @@
-"""Batches without padding: the real tokens of all rows one after another, padded only where a row's tokens meet, in attention."""
+"""Batches without padding: the tokens of all rows one after another, padded in attention alone."""
 
 from collections.abc import Sequence
 
@@ -10,48 +10,39 @@ _NAME = "packed_causal"  # Transformers knows no mask of this name and builds no
 
 
 def pack(encoded: Sequence[Sequence[int]], device: torch.device) -> dict:
-    """A decoder's arguments for rows of token ids: (1, tokens) `input_ids` and `position_ids`; `real`, where the tokens stand in the
-    flattened (rows, width) `shape`; `place`, which token stands at each place of it (the first one, where none does); and `ends`,
-    each row's last token."""
+    """Return a decoder's arguments for rows of token ids as one packed batch.
+
+    `input_ids` and `position_ids` are (1, tokens). `shape` is (rows, width), the padded batch that
+    attention sees. `real` (tokens,) gives each token's index in the flattened `shape`, `place`
+    (rows * width,) the token at each index (some token, for padding), and `ends` (rows,) each row's
+    last token.
+    """
     lengths = torch.tensor([len(row) for row in encoded])
-    inside = (torch.arange(int(lengths.max())) < lengths[:, None]).flatten()
+    width = int(lengths.max())
+    inside = (torch.arange(width) < lengths[:, None]).flatten()
     real = inside.nonzero().flatten()
     tensors = {
         "input_ids": torch.cat([torch.as_tensor(row) for row in encoded])[None],
-        "position_ids": (real % int(lengths.max()))[None],
+        "position_ids": (real % width)[None],
         "real": real,
         "place": (inside.cumsum(0) - 1) * inside,
         "ends": lengths.cumsum(0) - 1,
     }
-    return {name: x.to(device) for name, x in tensors.items()} | {
-        "shape": (len(encoded), int(lengths.max()))
-    }
+    packed = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return packed | {"shape": (len(encoded), width)}
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let `model` run batches that `pack` made. A batch that is not packed must not be padded from here on."""
+    """Let `model` run batches of `pack`. From here on no other batch may have padding."""
     AttentionInterface.register(_NAME, _packed_causal)
     model.set_attn_implementation(_NAME)
 
 
 def _packed_causal(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    real=None,
-    place=None,
-    shape=None,
-    softcap=None,
-    s_aux=None,
-    **_,
+    module, query, key, value, mask, scaling=None, real=None, place=None, shape=None, **others
 ):
-    if softcap is not None or s_aux is not None:
+    if others.get("softcap") is not None or others.get("s_aux") is not None:
         raise NotImplementedError("its attention has a softcap or sinks")
-    # Padding follows a row's tokens and none of them looks ahead: no mask is needed, and attention without one is the fastest.
     if real is not None:
         query, key, value = (
             x[0].transpose(0, 1)[place].view(*shape, -1, x.shape[-1]).transpose(1, 2)
@@ -60,34 +51,31 @@ def _packed_causal(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # enable_gqa without FlashAttention would fall to the slow math kernel on a T4
         key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    attended = scaled_dot_product_attention(
-        query, key, value, is_causal=query.shape[2] > 1, scale=scaling
-    )
-    return (
-        attended.transpose(1, 2)
-        if real is None
-        else take(attended, real).unflatten(1, (query.shape[1], -1))[None]
-    ), None
+    # Padding follows a row's tokens, and none of them looks ahead: no mask is needed, which is
+    # the fastest.
+    causal = query.shape[2] > 1
+    attended = scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling)
+    if real is None:
+        return attended.transpose(1, 2), None
+    return take(attended, real).unflatten(1, (query.shape[1], -1))[None], None
 
 
 def take(attended: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads * size): what stands at the real tokens of (rows, heads, width, size)."""
+    """Return the real tokens (tokens, heads * size) of `attended` (rows, heads, width, size)."""
     return _Take.apply(attended, real)
 
 
-class _Take(
-    torch.autograd.Function
-):  # indexing's own gradient adds up by sorting or atomics; here each place is written once
+class _Take(torch.autograd.Function):
+    """Indexing whose gradient writes each place once: PyTorch's own sorts or adds atomically."""
+
     @staticmethod
     def forward(ctx, x, real):
-        ctx.save_for_backward(real)
-        ctx.shape = x.shape
+        ctx.shape, ctx.real = x.shape, real
         return x.transpose(1, 2).flatten(0, 1)[real].flatten(1)
 
     @staticmethod
     def backward(ctx, grad):
         rows, heads, width, size = ctx.shape
-        whole = grad.new_zeros(rows * width, heads, size).index_copy_(
-            0, ctx.saved_tensors[0], grad.view(-1, heads, size)
-        )
-        return whole.view(rows, width, heads, size).transpose(1, 2), None
+        padded = grad.new_zeros(rows * width, heads, size)
+        padded.index_copy_(0, ctx.real, grad.view(-1, heads, size))
+        return padded.view(rows, width, heads, size).transpose(1, 2), None

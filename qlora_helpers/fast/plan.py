@@ -1,12 +1,15 @@
-"""The batch plan: how an effective batch is cut, and what is kept for backward, to fit the memory at hand."""
+"""The batch plan: how an effective batch is cut to fit the memory."""
 
+import bisect
 import contextlib
 import ctypes
 import gc
+import math
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 
 import psutil
 import torch
@@ -14,16 +17,16 @@ from peft import PeftModel
 
 from qlora_helpers.errors import ModelError
 
-_SHARE = 0.9  # of the free memory: the rest is for what a probe does not see, the optimizer's state and fragmentation
+_SHARE = 0.9  # of the free memory; the rest is for the optimizer's state and fragmentation
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an effective batch is cut to fit the memory. The losses do not depend on it beyond
-    rounding: dropout's masks belong to the rows.
+    """How an effective batch is cut. The losses do not depend on it beyond rounding.
 
-    `kept_activations` is how many activations of a token in a decoder layer are kept from forward to backward; the layers for which
-    there is no room in a batch are checkpointed: run again in backward, which costs a third of a step (arXiv:1604.06174)."""
+    `kept_activations` counts a token's activations in one decoder layer as 1. Layers that have no
+    room are checkpointed: run again in backward, which costs a third of a step (arXiv:1604.06174).
+    """
 
     micro_batch_size: int
     gradient_accumulation_steps: int
@@ -32,7 +35,7 @@ class BatchPlan:
     reason: str
 
     def checkpointed_layers(self, layers: int, tokens: int) -> int:
-        """How many of `layers` decoder layers are checkpointed in a micro-batch of `tokens` tokens."""
+        """Return how many of `layers` are checkpointed in a micro-batch of `tokens` tokens."""
         return max(0, layers - self.kept_activations // tokens)
 
 
@@ -42,47 +45,32 @@ def plan_encoded(
     forward: Callable[[list[list[int]]], torch.Tensor],
     effective_batch_size: int,
 ) -> BatchPlan:
-    """The largest micro-batch, and then as few checkpointed layers, as let the longest of the `encoded` prompts train in the free memory.
-    On a GPU found by running such a step: the gradients of `forward(rows).sum()`, on a CPU by what one row keeps. Raises ModelError if a
-    single row does not fit."""
+    """Return the plan with the largest micro-batch, then the fewest checkpointed layers, that fits.
+
+    On a GPU, steps with the longest of the `encoded` prompts are run: `forward(rows).sum()` and its
+    gradients. On a CPU they are estimated. Raises ModelError if a single row does not fit.
+    """
     encoded = sorted(encoded, key=len)[-effective_batch_size:]
-    sizes = [
-        size for size in range(effective_batch_size, 0, -1) if effective_batch_size % size == 0
-    ]
-    probe, limit = (
-        (_probe_gpu, free_gpu_bytes())
-        if model.device.type == "cuda"
-        else (_probe_cpu, psutil.virtual_memory().available)
-    )
-    layers, limit = len(decoder_layers(model)), _SHARE * limit
-    for size in sizes:
+    probe, free = _probe_cpu, psutil.virtual_memory().available
+    if model.device.type == "cuda":
+        probe, free = _probe_gpu, free_gpu_bytes()
+    layers, limit = len(decoder_layers(model)), _SHARE * free
+    for size in range(effective_batch_size, 0, -1):
         rows = encoded[-size:]
-        tokens = sum(map(len, rows))
-        least = probe(model, rows, forward, 0)
-        if least is None or least > limit:
+        peak_of = cache(partial(probe, model, rows, forward))
+        if effective_batch_size % size or peak_of(0) > limit:
             continue
-        few = max(1, layers // 8)
-        more = probe(model, rows, forward, few)
-        kept = (
-            0
-            if more is None
-            else layers
-            if more <= least
-            else min(layers, int((limit - least) / (more - least) * few))
-        )
-        while kept and ((peak := probe(model, rows, forward, kept)) is None or peak > limit):
-            kept -= max(1, kept // 8)
-        peak = peak if kept else least
-        # a batch of shorter rows has room for the activations of more layers
-        room = layers * tokens if kept == layers else kept * tokens
+        kept = bisect.bisect_right(range(1, layers + 1), limit, key=peak_of)
+        tokens, gib = sum(map(len, rows)), peak_of(kept) / 2**30
         reason = (
-            f"the {size} longest rows ({tokens:,} tokens) train in {peak / 2**30:.1f} of the {limit / 2**30:.1f} GiB to use, with "
-            f"{layers - kept} of {layers} layers checkpointed"
+            f"the {size} longest rows ({tokens:,} tokens) train in {gib:.1f} of the "
+            f"{limit / 2**30:.1f} GiB to use, with {layers - kept} of {layers} layers checkpointed"
         )
-        return BatchPlan(size, effective_batch_size // size, room, round(peak / 2**30, 2), reason)
+        steps = effective_batch_size // size
+        return BatchPlan(size, steps, kept * tokens, round(gib, 2), reason)
     raise ModelError(
-        f"not even one row of {len(encoded[-1])} tokens trains within {limit / 2**30:.1f} GiB: set QLORA_MAX_LENGTH lower, "
-        "or restart the runtime if an earlier model still holds the memory."
+        f"not even one row of {len(encoded[-1])} tokens trains within {limit / 2**30:.1f} GiB: set "
+        "QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model still holds the memory."
     )
 
 
@@ -100,16 +88,14 @@ def checkpoint_layers(model: PeftModel, count: int) -> None:
 
 
 def free_gpu_bytes() -> float:
-    """What this process may use of the GPU memory, in bytes: free, or reserved by it already."""
+    """Return the bytes of GPU memory that are free, or that this process has reserved already."""
     free, total = torch.cuda.mem_get_info()
-    return min(
-        free + torch.cuda.memory_reserved(), total * torch.cuda.get_per_process_memory_fraction()
-    )
+    share = total * torch.cuda.get_per_process_memory_fraction()
+    return min(free + torch.cuda.memory_reserved(), share)
 
 
-def _probe_gpu(model, rows, forward, kept_layers) -> int | None:
-    """Peak reserved bytes of a step over `rows`, or None if it runs out of memory."""
-    was_training = model.training
+def _probe_gpu(model, rows, forward, kept_layers) -> float:
+    """Return the peak reserved bytes of a step over `rows`; infinity if memory runs out."""
     model.train()
     checkpoint_layers(model, len(decoder_layers(model)) - kept_layers)
     free_memory()
@@ -118,16 +104,15 @@ def _probe_gpu(model, rows, forward, kept_layers) -> int | None:
         forward(rows).sum().backward()
         return torch.cuda.max_memory_reserved()
     except torch.OutOfMemoryError:
-        return None
+        return math.inf
     finally:
         model.zero_grad(set_to_none=True)
         checkpoint_layers(model, 0)
-        model.train(was_training)
         free_memory()
 
 
-def _probe_cpu(model, rows, forward, kept_layers) -> int:
-    """An estimate of the bytes that a step over `rows` needs: what the longest row keeps for backward, and half as much to work in."""
+def _probe_cpu(model, rows, forward, kept_layers) -> float:
+    """Estimate the bytes of a step: 1.5 times what is kept, going by the tokens of one row."""
     sizes = {}
 
     def note(tensor):
@@ -136,23 +121,18 @@ def _probe_cpu(model, rows, forward, kept_layers) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward(rows[-1:])
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept = (
-        sum(size for pointer, size in sizes.items() if pointer not in frozen)
-        * sum(map(len, rows))
-        / len(rows[-1])
-    )
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    kept = sum(sizes.values()) * sum(map(len, rows)) / len(rows[-1])
     return int(kept * (0.5 + kept_layers / len(decoder_layers(model))))
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more, and what the last failed cell's traceback alone still does."""
+    """Give back the memory that nothing needs; the last failed cell's traceback may hold some."""
     if last := getattr(sys, "last_traceback", None):
         traceback.clear_frames(last)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with contextlib.suppress(
-        OSError, AttributeError
-    ):  # of glibc alone, which else keeps what it may need again
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)

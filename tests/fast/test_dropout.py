@@ -1,4 +1,4 @@
-"""Masks that belong to the rows: whose they are, how they scatter, and what they do to gradients."""
+"""Masks that belong to the rows: whose they are, how they scatter, what they do to gradients."""
 
 import pytest
 import torch
@@ -8,7 +8,8 @@ from torch.utils.checkpoint import checkpoint
 from qlora_helpers.fast.dropout import RowDropout, masks_of, use_row_dropout
 from qlora_helpers.fast.kernels import keep_mask, mix
 
-LENGTHS = {3: 5, 0: 2, 7: 1, 12: 9}  # tokens by the row's number
+LENGTHS = {3: 5, 0: 2, 7: 1, 12: 9, 13: 9}  # tokens by the row's number
+ALIKE = dict.fromkeys(range(16), 32)
 
 
 def masks(rows, step=5, number=2, width=24, lengths=LENGTHS, rate=0.3) -> dict[int, torch.Tensor]:
@@ -28,16 +29,13 @@ def test_a_rows_mask_does_not_depend_on_the_batch_around_it():
 
 
 def test_another_step_layer_or_row_has_another_mask():
-    [mask] = masks([12]).values()
-    lengths = {12: 9, 13: 9}
-    others = (
-        masks([12], step=6),
-        masks([12], number=3),
-        masks([13], lengths=lengths),
-        masks([12], rate=0.31),
-    )
-    changed = [(mask != other).float().mean().item() for [other] in map(dict.values, others)]
-    assert min(changed[:3]) > 0.3 and 0 <= changed[3] < 0.05
+    mask = masks([12])[12]
+
+    def changed(row=12, **choices):
+        return (mask != masks([row], **choices)[row]).float().mean()
+
+    assert min(changed(step=6), changed(number=3), changed(13)) > 0.3
+    assert changed(rate=0.31) < 0.05
 
 
 def scatter(drawn: torch.Tensor, rate: float) -> None:
@@ -54,19 +52,16 @@ def scatter(drawn: torch.Tensor, rate: float) -> None:
 
 @pytest.mark.parametrize("rate", [0.05, 0.5])
 def test_masks_keep_the_right_share_and_are_independent(rate):
-    lengths = dict.fromkeys(range(16), 32)
-
     def draw(width=768, **choices):
-        return torch.cat(
-            list(masks(list(lengths), width=width, lengths=lengths, **choices).values())
-        )
+        drawn = masks(list(ALIKE), width=width, lengths=ALIKE, rate=rate, **choices)
+        return torch.cat(list(drawn.values()))
 
-    mask = draw(rate=rate)
+    mask = draw()
     assert set(mask.round().unique().tolist()) == {0.0, 1.0}
     scatter(mask, rate)  # tokens of 16 rows, 32 places each
     scatter(mask.T, rate)  # columns
     for name in ("number", "step"):  # layers; steps
-        scatter(torch.stack([draw(48, rate=rate, **{name: i}).flatten() for i in range(200)]), rate)
+        scatter(torch.stack([draw(48, **{name: i}).flatten() for i in range(200)]), rate)
 
 
 def test_a_mask_is_a_function_of_key_and_column_however_many_there_are():
@@ -106,10 +101,10 @@ def test_the_gradient_passes_where_a_value_was_kept(again, by_rows):
 def test_each_dropout_of_a_model_is_replaced_its_own_too():
     model = nn.Sequential(nn.Dropout(0.1), nn.ModuleDict({"default": nn.Dropout(0.2)})).eval()
     model.append(nn.Dropout(0.0))
-    use_row_dropout(model)
-    first, second = model[0], model[1]["default"]
-    assert [type(first), type(second), type(model[2])] == [RowDropout, RowDropout, nn.Dropout]
-    assert (first.p, second.p) == (0.1, 0.2) and first.number != second.number
-    assert not first.training and not second.training
-    use_row_dropout(model)
-    assert model[0] is first
+    for _ in range(2):
+        use_row_dropout(model)
+        first, second = model[0], model[1]["default"]
+        assert [type(layer) for layer in (first, second)] == [RowDropout, RowDropout]
+        assert type(model[2]) is nn.Dropout
+        assert (first.p, second.p) == (0.1, 0.2) and first.number != second.number
+        assert not first.training and not second.training
