@@ -7,7 +7,7 @@ import torch
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ConfigError
 
-# num_epochs, effective_batch_size, warmup_ratio, max_grad_norm, max_length, LoRA's r, alpha, dropout
+# num_epochs, effective_batch_size, warmup_ratio, max_grad_norm, max_length, r, alpha, dropout
 METHOD = (3, 16, 0.06, 1.0, 256, 8, 16, 0.05, 42, ("World", "Sports", "Business", "Sci/Tech"))
 
 

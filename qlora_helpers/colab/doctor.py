@@ -97,8 +97,8 @@ def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
         tried = torch.cuda.get_device_capability() >= (7, 5)
         return _finding("GPU", f"{why}: {runs}", tried, remedy, "warning")
     remedy = (
-        f"In Colab: {_CHOOSE_T4}. To run the small model on the CPU, choose PROFILE cpu in the form "
-        "(or set QLORA_PROFILE=cpu) and run all again."
+        f"In Colab: {_CHOOSE_T4}. To run the small model on the CPU, choose PROFILE cpu in the "
+        "form (or set QLORA_PROFILE=cpu) and run all again."
     )
     ok = config.profile == "cpu" and (cpu_asked or not on_colab())
     return _finding("GPU", f"none: {runs} on {os.cpu_count()} CPU cores", ok, remedy)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qlora_helpers.fast import kernels
+from qlora_helpers.fast.masks import mix
 
 _keys = None  # in `masks_of`: an int32 key for each token of the micro-batch
 
@@ -27,7 +28,7 @@ def masks_of(
     lengths = torch.as_tensor(lengths)
     row = torch.as_tensor(rows, dtype=torch.int32).repeat_interleave(lengths)
     place = torch.cat([torch.arange(length, dtype=torch.int32) for length in lengths])
-    _keys = kernels.mix(kernels.mix(kernels.mix(row) + start) + place).to(device)
+    _keys = mix(mix(mix(row) + start) + place).to(device)
     try:
         yield
     finally:
@@ -47,12 +48,12 @@ class RowDropout(nn.Dropout):
         self.number = number
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (tokens,) int32 keys, from which `kernels.keep_mask` draws the mask of `x`."""
+        """Return (tokens,) int32 keys, from which `masks.keep_mask` draws the mask of `x`."""
         tokens = x.shape[:-1].numel()
         if _keys is not None and len(_keys) == tokens:
             return _keys + self.number * 0x9E3779B9 % 2**31  # far from the keys of other layers
         places = torch.arange(tokens, dtype=torch.int32, device=x.device)
-        return kernels.mix(places) + int(torch.randint(2**31 - 1, ()))
+        return mix(places) + int(torch.randint(2**31 - 1, ()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _Drop.apply(x, self.p, self.keys(x)) if self.training and self.p else x

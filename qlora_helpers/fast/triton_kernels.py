@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_helpers.fast.kernels import threshold
+from qlora_helpers.fast.masks import threshold
 
 _BLOCK = tl.constexpr(1024)  # elements of a program
 
@@ -22,7 +22,7 @@ def _mix(x):
 
 @triton.jit
 def _keep(keys, row, columns, least):
-    """See `kernels.keep_mask`; int32 arithmetic that overflows, and shifts that keep the sign."""
+    """See `masks.keep_mask`; int32 arithmetic that overflows, and shifts that keep the sign."""
     hashed = (tl.load(keys + row) ^ _mix(columns)) * 0x7FEB352D
     hashed = (hashed ^ (hashed >> 15)) * -0x7B935975
     return hashed >= least

@@ -109,7 +109,8 @@ def test_a_t4_with_the_hub(t4, server, workspace):
     assert {
         area: one.found for area, one in found.items() if area not in ("versions", "workspace")
     } == {
-        "GPU": "Tesla T4 (capability 7.5) is older than Ampere and has no bfloat16: runs in float16",
+        "GPU": "Tesla T4 (capability 7.5) is older than Ampere and has no bfloat16: runs in "
+        "float16",
         "GPU memory": "14.6 GiB free; the model takes 3.84 GiB in 4 bits",
         "host memory": "12.0 GiB available",
         "hub token": "none",

@@ -22,7 +22,7 @@ ADAPTER = "adapters/news"
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    """A hub that knows nothing, and an empty cache. What it answers is in time on a busy machine."""
+    """A hub that knows nothing, and an empty cache. It answers in time on a busy machine."""
     fake = FakeHub()
     fake.use(monkeypatch, tmp_path)
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 300)
@@ -192,7 +192,7 @@ def test_a_repository_without_what_is_needed(server):
 
 
 def test_an_adapter_is_the_newest_that_can_be_had(server, tuned):
-    """Its settings and weights and nothing else; what the cache holds if the hub does not answer."""
+    """Its settings and weights alone; what the cache holds if the hub does not answer."""
     with pytest.raises(ModelError, match="no such model.*An adapter holds qlora_config.json"):
         HeadlineClassifier.from_adapter(ADAPTER)
     files = {path.name: path.read_bytes() for path in (tuned / "adapter").iterdir()}

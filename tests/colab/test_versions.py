@@ -30,7 +30,7 @@ COLAB = pinned("constraints-colab.txt")
 
 @pytest.fixture
 def pretend(tmp_path, monkeypatch):
-    """A function that puts a package's metadata, of some version, before those that are installed."""
+    """A function that puts a package's metadata, of some version, before the installed ones."""
 
     def install(name: str, version: str) -> None:
         folder = tmp_path / f"{name}-{version}.dist-info"
