@@ -12,7 +12,8 @@ import torch
 from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.fast.plan import BatchPlan
 from qlora_helpers.run.checkpoints import Checkpoints
-from qlora_helpers.run.files import read_manifest, sealed, sha256
+from qlora_helpers.run.files import sha256
+from qlora_helpers.run.manifest import read_manifest, sealed
 
 
 @pytest.fixture(scope="module")
