@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from qlora_helpers.fast import kernels
-from qlora_helpers.fast.masks import mix
+from qlora_helpers.fast.kernels import drop, mix
 
 _keys = None  # in `masks_of`: an int32 key for each token of the micro-batch
 
@@ -48,7 +47,7 @@ class RowDropout(nn.Dropout):
         self.number = number
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (tokens,) int32 keys, from which `masks.keep_mask` draws the mask of `x`."""
+        """Return (tokens,) int32 keys, from which `kernels.keep_mask` draws the mask of `x`."""
         tokens = x.shape[:-1].numel()
         if _keys is not None and len(_keys) == tokens:
             return _keys + self.number * 0x9E3779B9 % 2**31  # far from the keys of other layers
@@ -63,7 +62,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rate, keys):
         ctx.rate, ctx.keys = rate, keys
-        return kernels.drop(x.flatten(0, -2), rate, keys).view_as(x).div_(1 - rate)
+        return drop(x.flatten(0, -2), rate, keys).view_as(x).div_(1 - rate)
 
     @staticmethod
     def backward(ctx, grad):

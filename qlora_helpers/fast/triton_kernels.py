@@ -20,7 +20,7 @@ def _mix(x):
 
 @triton.jit
 def _keep(keys, row, columns, least):
-    """See `masks.keep_mask`; int32 arithmetic that overflows, and shifts that keep the sign."""
+    """See `kernels.keep_mask`; int32 arithmetic that overflows, and shifts that keep the sign."""
     hashed = (tl.load(keys + row) ^ _mix(columns)) * 0x7FEB352D
     hashed = (hashed ^ (hashed >> 15)) * -0x7B935975
     return hashed >= least
@@ -144,7 +144,7 @@ def _heads_backward(
 
 
 def _least(rate: float) -> int:
-    """Return what an int32 hash must reach for its element to be kept: `masks.threshold`."""
+    """Return what an int32 hash must reach for its element to be kept: `kernels.threshold`."""
     return 2 * round(rate * 2**31) - 2**31
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora_helpers.fast.dropout import RowDropout, masks_of, use_row_dropout
-from qlora_helpers.fast.masks import keep_mask, mix
+from qlora_helpers.fast.kernels import keep_mask, mix
 
 LENGTHS = {3: 5, 0: 2, 7: 1, 12: 9, 13: 9}  # tokens by the row's number
 ALIKE = dict.fromkeys(range(16), 32)

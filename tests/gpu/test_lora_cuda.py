@@ -9,9 +9,8 @@ from torch.nn.functional import cross_entropy
 from transformers import MistralConfig
 
 from qlora_helpers.fast.dropout import masks_of
-from qlora_helpers.fast.kernels import drop
+from qlora_helpers.fast.kernels import drop, keep_mask, mix
 from qlora_helpers.fast.lora import fuse_lora
-from qlora_helpers.fast.masks import keep_mask, mix
 from qlora_helpers.fast.packing import use_packed_attention
 from qlora_helpers.fast.plan import checkpoint_layers, plan_encoded
 from qlora_helpers.scoring import label_logits
