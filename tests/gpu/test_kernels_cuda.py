@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import pytest
 import torch
-from test_lora_cuda import checkpoint, gradients, lora_model  # noqa: F401 (checkpoint is a fixture)
+from lora_models import lora_model
+from test_lora_cuda import checkpoint, fused_model, step  # noqa: F401 (checkpoint is a fixture)
 
 from qlora_helpers.fast import kernels
 from qlora_helpers.fast.lora import fuse_lora
@@ -22,9 +23,7 @@ LENGTHS = [[5], [9], [3, 8, 13], [40, 2], [7, 7, 7], [64] * 4]
 
 @pytest.fixture
 def model(checkpoint):  # noqa: F811
-    model = fuse_lora(lora_model(checkpoint, 0.05))
-    use_packed_attention(model.get_base_model())
-    return model
+    return fused_model(checkpoint, 0.05)
 
 
 def score(model, lengths: list[int]) -> torch.Tensor:
@@ -45,7 +44,7 @@ def test_every_kernel_of_training_and_scoring_compiles_for_a_t4(model):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    gradients(model.train())
+    step(model.train())
     score(model, [5, 9])
     kernels_used = compiled_kernels()
     names = {kernel.name for kernel in kernels_used}
@@ -103,7 +102,7 @@ def test_no_length_of_a_batch_compiles_a_kernel_again(model):
 def test_a_compiler_that_fails_costs_one_line_and_no_result(model, monkeypatch, capsys):
     from triton.runtime.jit import JITFunction
 
-    expected = score(model, [5, 9, 30]), gradients(model.train(), seed=3)
+    expected = score(model, [5, 9, 30]), step(model.train(), seed=3)
 
     def raising(*args, **kwargs):
         raise RuntimeError("no Triton for this card")
@@ -114,7 +113,7 @@ def test_a_compiler_that_fails_costs_one_line_and_no_result(model, monkeypatch, 
         if isinstance(function, JITFunction):
             fresh = defaultdict(function.create_binder)
             monkeypatch.setattr(function, "device_caches", fresh)
-    found = score(model, [5, 9, 30]), gradients(model.train(), seed=3)
+    found = score(model, [5, 9, 30]), step(model.train(), seed=3)
     assert capsys.readouterr().out.count("The fused kernels cannot be compiled here") == 1
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=0.05)
     for name, gradient in expected[1].items():
@@ -123,7 +122,7 @@ def test_a_compiler_that_fails_costs_one_line_and_no_result(model, monkeypatch, 
 
 def test_a_fresh_adapter_changes_no_answer(checkpoint):  # noqa: F811
     """B is zero: switched off or on, the same code gives the same bits."""
-    model = lora_model(checkpoint, 0.05)
+    model = lora_model(checkpoint, 0.05, torch.float16)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.zeros_(weight)
