@@ -76,6 +76,8 @@ def set_environment(arguments: argparse.Namespace) -> None:
     """Give every kernel the terms of a T4, and no setting but those of this program."""
     for name in [name for name in os.environ if name.startswith("QLORA_")]:
         del os.environ[name]
+    # A kernel that may not keep bytecode would compile every package again.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if arguments.data:
         os.environ["QLORA_DATA"] = os.path.abspath(arguments.data)
     path = [str(Path(__file__).parent / "t4"), str(ROOT), os.environ.get("PYTHONPATH", "")]
