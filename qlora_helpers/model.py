@@ -273,12 +273,13 @@ def embedded_checkpoint() -> Path:
         # Versions of Transformers read different special tokens from this GGUF.
         tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
         tokenizer.save_pretrained(unpacked)
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        for settings in (model.config, model.generation_config):
+            settings.pad_token_id = tokenizer.pad_token_id
         # A model from GGUF refuses to be saved, although its weights are no longer quantised.
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(unpacked)
+        model.to(torch.bfloat16).save_pretrained(unpacked)
         if not folder.is_dir():  # unless another process was first
             os.replace(unpacked, folder)
     return folder

@@ -90,7 +90,7 @@ def test_lora_is_attached_to_every_linear_module_and_changes_no_output(base):
     before = label_probabilities(*base, TEXTS, CONFIG)
     model = with_lora(copy.deepcopy(base[0]))
     assert model.peft_config["default"].base_model_name_or_path == "SmolLM2-135M-Instruct"
-    names = [name.split(".")[-3] for name in weights(model, "lora_A.default")]
+    names = [name.split(".")[-4] for name in weights(model, "lora_A.default")]
     assert len(names) == 30 * len(LINEAR) and set(names) == LINEAR
     first = next(module for module in model.modules() if hasattr(module, "lora_A"))
     assert (first.r["default"], first.scaling["default"]) == (8, 16 / 8)

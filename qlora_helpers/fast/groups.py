@@ -77,9 +77,14 @@ class Adapter(NamedTuple):
         return [*grad_a.float().mul_(self.scale).chunk(n), *blocks]
 
     def tuned(self) -> torch.Tensor:
-        """Return the frozen weights plus the scaled B A (outputs of all, inputs) in float32."""
-        weight, (a, b) = self.group.frozen(torch.float32), self.matrices(torch.float32)
-        return weight.addmm_(b, a) if self.group.state else weight.addmm(b, a)
+        """Return frozen weights plus scaled B A (outputs of all, inputs) in float32, to read only."""
+        weight, n = self.group.frozen(torch.float32), len(self.group.layers)
+        if self.parameters and not self.group.state:
+            weight = weight.clone()
+        pairs = zip(self.parameters[:n], self.parameters[n:], strict=True)
+        for rows, (a, b) in zip(weight.split(self.group.sizes), pairs, strict=False):
+            rows.addmm_(b, a, alpha=self.scale)
+        return weight
 
 
 def _state(layer: LoraLayer) -> tuple | None:
