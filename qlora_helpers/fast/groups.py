@@ -77,7 +77,7 @@ class Adapter(NamedTuple):
         return [*grad_a.float().mul_(self.scale).chunk(n), *blocks]
 
     def tuned(self) -> torch.Tensor:
-        """Return frozen weights plus scaled B A (outputs of all, inputs) in float32, to read only."""
+        """Return frozen weights plus scaled B A (outputs of all, inputs), float32, to read only."""
         weight, n = self.group.frozen(torch.float32), len(self.group.layers)
         if self.parameters and not self.group.state:
             weight = weight.clone()
