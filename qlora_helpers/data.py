@@ -43,7 +43,7 @@ def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
 
 
 def text_rules(config: RunConfig) -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """Return how a text of `config.data` is cleaned, and the key that its copies share.
+    """Return two functions of a text: it cleaned, and a key that is the same for its copies.
 
     A labelled CSV holds texts of the reader's own, which lose control characters and runs of
     spaces alone.
@@ -106,7 +106,7 @@ def _shuffled_by_label(rows: pd.DataFrame, labels: int, rng) -> list[np.ndarray]
 
 
 def _draw(rows: pd.DataFrame, shares: np.ndarray, rng) -> np.ndarray:
-    """Return the indices of `shares` random rows of each label."""
+    """Return the indices of `shares[i]` random rows of each label i."""
     order = _shuffled_by_label(rows, len(shares), rng)
     return np.concatenate([indices[:n] for indices, n in zip(order, shares, strict=True)])
 

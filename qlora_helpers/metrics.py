@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 
 class ClassificationScores(evaluate.Metric):
-    """Accuracy, and F1 averaged over all labels with equal weight. Needs no hub."""
+    """Accuracy, and F1 averaged over all labels with equal weight. Works offline."""
 
     def _info(self):
         indices = datasets.Value("int64")

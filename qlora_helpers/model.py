@@ -154,7 +154,8 @@ def _problem(model: PreTrainedModel) -> str:
         own = torch.cat([model(batch, use_cache=False).logits[:, -1] for batch in batches]).float()
         if not own.isfinite().all():
             return f"in {str(model.dtype).removeprefix('torch.')} its logits are not finite"
-        # The likeliest tokens show scales and softcaps, the rows' own what was read.
+        # The likeliest tokens show a scale or softcap that is missing, the rows' own tokens show
+        # attention to what should not be seen.
         ids = sorted({*own.topk(8).indices.flatten().tolist(), *rows[0], *rows[1]})
         use_packed_attention(model)
         layers = model.base_model.layers  # training checkpoints them by this name

@@ -154,7 +154,8 @@ def _halves(batches: list[list[int]]) -> list[list[int]]:
 
 
 def _in_threads(score: Callable, batches: list[list[int]], keep: Callable) -> None:
-    """The same with a thread a core: cores that share a product wait for the slowest of them."""
+    """Call `keep(batch, score(batch))` for each batch, with a batch at a time on each core. Cores
+    that share a product wait for the slowest of them."""
     threads = torch.get_num_threads()
 
     def begin():  # both settings are a thread's own

@@ -180,7 +180,8 @@ class LabelTrainer(ResumableTrainer):
         return total
 
     def _halve_plan(self, rows: int, tokens: int) -> None:
-        """Go on with half the micro-batch, and half the activations kept for backward."""
+        """Go on with half the micro-batch, and half the activations kept for backward. Raises
+        ModelError if one row is still too much."""
         kept = min(self.plan.kept_activations, tokens * len(decoder_layers(self.model)))
         if rows == 1 and kept < tokens:
             raise ModelError(

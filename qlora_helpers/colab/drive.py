@@ -77,7 +77,7 @@ def _my_drive(asked: bool | None) -> Path | None:
     is_mounted = partial(bounded, partial(os.path.isdir, mount / "MyDrive"), MOUNT_SECONDS)
     try:
         if not wanted:
-            _without = "it was not wanted"
+            _without = "declined in the form or by QLORA_DRIVE=0"
         elif not is_mounted():
             print(
                 f"Colab asks for Google Drive now, for {MOUNT_SECONDS} seconds. Drive would keep "

@@ -50,8 +50,8 @@ def _fall_back(error: Exception) -> None:
     global _failure
     _failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     print(
-        f"The fused kernels cannot be compiled here ({_failure}). Plain PyTorch functions are "
-        "used instead: the results are the same, a step takes longer."
+        f"The Triton kernels could not be compiled or run here ({_failure}). Plain PyTorch "
+        "functions are used instead: the results are the same, a step takes longer."
     )
 
 

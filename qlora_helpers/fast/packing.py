@@ -33,7 +33,7 @@ def pack(encoded: Sequence[Sequence[int]], device: torch.device) -> dict:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Let `model` run batches of `pack`. From here on no other batch may have padding."""
+    """Let `model` run batches of `pack`. Masks of padding have no effect then."""
     AttentionInterface.register(_NAME, _packed_causal)
     model.set_attn_implementation(_NAME)
 

@@ -107,7 +107,7 @@ class Checkpoints:
             write_text(self.folder / "note.txt", note)
 
     def copied(self, seconds: float) -> bool:
-        """Return True if the mirror has them, after waiting for that at most `seconds`."""
+        """Return True if there is no mirror, or within `seconds` it has all checkpoints."""
         return self.mirror is None or self.mirror.done(seconds)
 
     def finish(self) -> None:
@@ -123,8 +123,8 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def prune(folder: Path, step: int) -> None:
-    """Remove all but the newest checkpoints up to `step`. Later ones were damaged, and partial ones
-    are of a run that was killed."""
+    """Keep the newest checkpoints up to `step`. Remove older ones, later ones, which were damaged,
+    and partial ones of a run that was killed."""
     kept = [path for number, path in _numbered(folder) if number <= step][-KEPT:]
     for path in folder.glob("checkpoint-*"):
         if path not in kept:

@@ -60,8 +60,9 @@ class ResumableTrainer(Trainer):
 
     Each holds the trainable weights, those of the best epoch so far, the states of optimizer,
     scheduler, scaler and random numbers, the log, and `facts`. The order of the rows may depend on
-    `epochs_before`, and on nothing that a stop loses. A batch is an optimizer step. A checkpoint is
-    written after each epoch, every `checkpoint_minutes` and, if given, every `checkpoint_steps`.
+    the seed and `epochs_before`, not on what a stop loses. A batch is an optimizer step. A
+    checkpoint is written after each epoch, every `checkpoint_minutes` and, if given, every
+    `checkpoint_steps`.
     """
 
     def __init__(self, *args, checkpoint_minutes=10.0, checkpoint_steps=None, **kwargs):
@@ -145,7 +146,7 @@ class ResumableTrainer(Trainer):
             raise TrainingStopped(f"Stopped at step {progress}. {self._kept()}") from None
         except UnpicklingError as error:
             raise WorkspaceError(
-                f"{folder} holds more than the state of a training ({reason(error)}). It was not "
+                f"{folder} holds objects that could run code ({reason(error)}). It was not "
                 "loaded: delete it, and run this notebook again from its start."
             ) from None
         except torch.OutOfMemoryError as error:

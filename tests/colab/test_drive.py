@@ -90,7 +90,9 @@ def test_drive_is_not_used_where_it_is_not_wanted(
     if mounted:
         (content / "drive" / "MyDrive").mkdir(parents=True)
     assert _set_up(form).mirror is None and not _asked()
-    assert "Without Google Drive (it was not wanted)" in capsys.readouterr().out
+    assert (
+        "Without Google Drive (declined in the form or by QLORA_DRIVE=0)" in capsys.readouterr().out
+    )
     assert open_workspace()[0].mirror is None and not _asked()
 
 

@@ -201,7 +201,7 @@ def test_only_safetensors_json_and_plain_state_are_read(stopped, prepared, works
     manifest = read_manifest(folder / "manifest.json")
     manifest["files"]["rng_state.pth"] = sha256(folder / "rng_state.pth")
     (folder / "manifest.json").write_text(sealed(manifest))
-    refused = "checkpoint-3 holds more than the state of a training .* delete it"
+    refused = "checkpoint-3 holds objects that could run code .* delete it"
     with pytest.raises(WorkspaceError, match=refused):
         stages.fit(*prepared())
     assert not (tmp_path / "ran").exists()
