@@ -12,8 +12,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import _auth
+from lora_models import save_tiny
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, set_seed
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from qlora_helpers.adapter import save_adapter
 from qlora_helpers.classifier import HeadlineClassifier
@@ -164,21 +165,7 @@ def base(tokenizer):
 @pytest.fixture(scope="session")
 def tiny(tokenizer, tmp_path_factory) -> str:
     """The folder of a random two-layer Llama that has the embedded model's tokenizer."""
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny(LlamaConfig, tokenizer, tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

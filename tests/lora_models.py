@@ -15,6 +15,18 @@ def save_random(config_class, folder, dtype=torch.float32, **choices):
     return folder
 
 
+def save_tiny(config_class, tokenizer, folder, **choices) -> str:
+    """Write a random model of two layers, with a tokenizer. Return its folder."""
+    torch.manual_seed(0)
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
+    tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    config = config_class(**heads, **sizes, **tokens, **choices)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def library_model(folder, dtype=torch.float32, nf4=True) -> PreTrainedModel:
     """Return the model in `folder` in eval mode, on the GPU if there is one."""
     quantised = BitsAndBytesConfig(

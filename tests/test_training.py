@@ -6,8 +6,9 @@ import pandas as pd
 import pytest
 import stages
 import torch
+from lora_models import save_tiny
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, PhiConfig, Qwen2Config
+from transformers import GemmaConfig, LlamaConfig, PhiConfig, Qwen2Config
 
 from qlora_helpers import training
 from qlora_helpers.adapter import load_adapter
@@ -79,23 +80,8 @@ def _adapter(trainer) -> dict[str, torch.Tensor]:
 def family(request, tokenizer, tmp_path_factory) -> str:
     """The folder of a tiny model; Phi has dropout of its own."""
     own = {"resid_pdrop": 0.1, "embd_pdrop": 0.1} if request.param is PhiConfig else {}
-    torch.manual_seed(0)
-    config = request.param(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        initializer_range=0.2,
-        pad_token_id=tokenizer.pad_token_id,
-        **own,
-    )
     folder = tmp_path_factory.mktemp("family")
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_tiny(request.param, tokenizer, folder, head_dim=16, **own)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.5])
