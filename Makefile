@@ -1,5 +1,5 @@
 # make run: the five notebooks, one after the other.   make app: 05's panels as a page.
-# make test: all that can be checked without a GPU, in at most 12 minutes on two cores.
+# make test: all that can be checked without a GPU, in 12 to 20 minutes on two cores.
 # make test-quick: the tests that need no real model.
 # make test-colab: as make test, with Colab's versions.
 PYTHON ?= python3
