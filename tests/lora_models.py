@@ -6,23 +6,20 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 
-def save_random(config_class, folder, dtype=torch.float32, **choices):
+def save_random(config_class, folder, dtype=torch.float32, vocab_size=64, **choices):
     """Write a random model of two layers, whose four heads share two keys and values."""
     torch.manual_seed(0)
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = config_class(vocab_size=64, **heads, **choices)
+    config = config_class(vocab_size=vocab_size, **heads, **choices)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
     return folder
 
 
 def save_tiny(config_class, tokenizer, folder, **choices) -> str:
     """Write a random model of two layers, with a tokenizer. Return its folder."""
-    torch.manual_seed(0)
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     sizes = {"hidden_size": 64, "intermediate_size": 128, "initializer_range": 0.2}
     tokens = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = config_class(**heads, **sizes, **tokens, **choices)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    save_random(config_class, folder, **sizes, **tokens, **choices)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

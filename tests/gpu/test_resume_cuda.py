@@ -6,9 +6,10 @@ import math
 import pytest
 import stages
 import torch
+from lora_models import save_random
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
+from transformers import MistralConfig, PreTrainedTokenizerFast
 
 from qlora_helpers import model as loading
 from qlora_helpers import training
@@ -30,19 +31,10 @@ def checkpoint(tmp_path_factory):
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<pad>", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.05,
-        pad_token_id=1,
-    )
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "initializer_range": 0.05}
+    tokens = {"vocab_size": len(vocabulary), "pad_token_id": 1}
     folder = tmp_path_factory.mktemp("model")
-    AutoModelForCausalLM.from_config(config, dtype=torch.float16).save_pretrained(folder)
+    save_random(MistralConfig, folder, torch.float16, **sizes, **tokens)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>"
     ).save_pretrained(folder)
