@@ -1,6 +1,5 @@
 """The batch plan: how an effective batch is cut to fit the memory."""
 
-import bisect
 import contextlib
 import ctypes
 import gc
@@ -60,7 +59,7 @@ def plan_encoded(
         peak_of = cache(partial(probe, model, rows, forward))
         if effective_batch_size % size or peak_of(0) > limit:
             continue
-        kept = bisect.bisect_right(range(1, layers + 1), limit, key=peak_of)
+        kept = _most_kept_layers(peak_of, layers, limit)
         tokens, gib = sum(map(len, rows)), peak_of(kept) / 2**30
         reason = (
             f"the {size} longest rows ({tokens:,} tokens) train in {gib:.1f} of the "
@@ -72,6 +71,25 @@ def plan_encoded(
         f"not even one row of {len(encoded[-1])} tokens trains within {limit / 2**30:.1f} GiB: set "
         "QLORA_MAX_LENGTH lower, or restart the runtime if an earlier model still holds the memory."
     )
+
+
+def _most_kept_layers(peak_of: Callable[[int], float], layers: int, limit: float) -> int:
+    """Return how many layers' activations fit: a guess from a straight line, then tried.
+
+    A checkpointed layer has its activations in memory while it runs again, so the first kept layer
+    costs nothing, and each further one costs the same.
+    """
+    kept = layers
+    some = max(1, layers // 4)
+    while some > 1 and peak_of(some) > limit:
+        kept = some - 1
+        some //= 2
+    if some > 1:
+        cost = max(1, (peak_of(some) - peak_of(0)) / (some - 1))
+        kept = min(kept, some + int((limit - peak_of(some)) / cost))
+    while kept and peak_of(kept) > limit:
+        kept -= 1
+    return kept
 
 
 def decoder_layers(model: PeftModel) -> torch.nn.ModuleList:
@@ -113,7 +131,7 @@ def _probe_gpu(model, rows, forward, kept_layers) -> float:
 
 def _probe_cpu(model, rows, forward, kept_layers) -> float:
     """Estimate the bytes of a step from what forward keeps of the longest row, by its tokens: half
-    of that with all layers checkpointed, 1.5 times that with none."""
+    of that without the layers' activations, and as much again for all layers'."""
     sizes = {}
 
     def note(tensor):
@@ -125,7 +143,7 @@ def _probe_cpu(model, rows, forward, kept_layers) -> float:
     for parameter in model.parameters():
         sizes.pop(parameter.untyped_storage().data_ptr(), None)
     kept = sum(sizes.values()) * sum(map(len, rows)) / len(rows[-1])
-    return int(kept * (0.5 + kept_layers / len(decoder_layers(model))))
+    return int(kept * (0.5 + max(1, kept_layers) / len(decoder_layers(model))))
 
 
 def free_memory() -> None:
