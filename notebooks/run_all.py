@@ -60,6 +60,7 @@ def run_notebook(path: Path, bar: tqdm, record_timing: bool = False) -> nbformat
         timeout=None,
         resources={"metadata": {"path": str(path.parent)}},
         store_widget_state=False,
+        shutdown_kernel="immediate",  # its last cell has written all; torch takes seconds to leave
         coalesce_streams=True,  # a progress bar is one line
         record_timing=record_timing,
         on_cell_start=started,

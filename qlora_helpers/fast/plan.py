@@ -52,6 +52,7 @@ def plan_encoded(
     encoded = sorted(encoded, key=len)[-effective_batch_size:]
     probe, free = _probe_cpu, psutil.virtual_memory().available
     if model.device.type == "cuda":
+        free_memory()
         probe, free = _probe_gpu, free_gpu_bytes()
     layers, limit = len(decoder_layers(model)), _SHARE * free
     for size in range(effective_batch_size, 0, -1):
@@ -116,7 +117,6 @@ def _probe_gpu(model, rows, forward, kept_layers) -> float:
     """Return the peak reserved bytes of a step over `rows`; infinity if memory runs out."""
     model.train()
     checkpoint_layers(model, len(decoder_layers(model)) - kept_layers)
-    free_memory()
     torch.cuda.reset_peak_memory_stats()
     try:
         forward(rows).sum().backward()
@@ -126,7 +126,7 @@ def _probe_gpu(model, rows, forward, kept_layers) -> float:
     finally:
         model.zero_grad(set_to_none=True)
         checkpoint_layers(model, 0)
-        free_memory()
+        torch.cuda.empty_cache()
 
 
 def _probe_cpu(model, rows, forward, kept_layers) -> float:
