@@ -14,8 +14,8 @@ COLAB := .venv-colab
 run: $(READY)
 	$(BIN)/python notebooks/run_all.py
 
-test: $(READY) $(BROWSER)
-	$(BIN)/python -m pytest
+test: $(READY) $(BROWSER) test-quick  ## the small model's products take both cores: one process
+	$(BIN)/python -m pytest -m "real_model and not slow"
 
 test-quick: $(READY)  ## all but the notebooks, and the tests that need the small model's weights
 	$(BIN)/python -m pytest tests -m "not real_model and not slow" -n 2 --dist loadfile

@@ -43,7 +43,7 @@ def piped(monkeypatch, capsys):
 def test_in_a_process_of_its_own_whose_reader_stops_early(tuned, classifier):
     """In a bare shell's encoding. `head` ends after the first lines; thousands are left, which the
     pipe cannot hold."""
-    lines = "\n".join([*TEXTS, "", *["Rain stops play"] * 3000])
+    lines = "\n".join([*TEXTS, "", *["Rain stops play"] * 1000])
     command = [sys.executable, "-m", "qlora_helpers", "classify", "--workspace", str(tuned.path)]
     shell = ["bash", "-c", '"$@" | head -n 4; echo ${PIPESTATUS[0]}', "bash"]
     environment = {"PYTHONPATH": str(ROOT), "LANG": "C", "PYTHONIOENCODING": "ascii"}

@@ -160,7 +160,7 @@ def _run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_ends_as_if_never_stopped(tiny, tmp_path, kills):
     done = _run(stages.__file__, tiny, tmp_path / "runs", str(kills), str(kills))
     print(done.stdout)

@@ -121,7 +121,7 @@ def _corrupt(made, folder: Path, seed: int, monkeypatch) -> str:
     return case.partition("\n")[0].replace(str(folder), "")
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(200, marks=pytest.mark.slow)])
 def test_damage_is_named_with_its_remedy_and_changes_no_result(made, tmp_path, monkeypatch, count):
     for seed in range(count):
         print(seed, _corrupt(made, tmp_path / "run", 1000 * count + seed, monkeypatch), flush=True)
