@@ -1,4 +1,5 @@
-# make run: the five notebooks, one after the other.   make app: 05's panels as a page.
+# make run: the five notebooks, one after the other; make run ALL_IN_ONE=1: in one kernel.
+# make app: 05's panels as a page.
 # make test: all that can be checked without a GPU, in 12 to 20 minutes on two cores.
 # make test-quick: the tests that need no real model.
 # make test-colab: as make test, with Colab's versions.
@@ -12,7 +13,7 @@ PORT ?= 8866
 COLAB := .venv-colab
 
 run: $(READY)
-	$(BIN)/python notebooks/run_all.py
+	$(BIN)/python notebooks/run_all.py $(if $(ALL_IN_ONE),--all-in-one)
 
 test: $(READY) $(BROWSER) test-quick  ## the small model's products take both cores: one process
 	$(BIN)/python -m pytest -m "real_model and not slow"
@@ -35,6 +36,7 @@ test-colab: $(COLAB)/.ready  ## with Colab's versions; PYTHON=python3.13 for its
 notebooks: $(READY)  ## execute the notebooks in place, on the cpu profile, for a commit
 	rm -rf runs/committed  # a finished training would be kept, and its cell would show nothing
 	QLORA_PROFILE=cpu QLORA_WORKSPACE=runs/committed $(BIN)/python notebooks/run_all.py --in-place
+	$(BIN)/python notebooks/assemble.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 python notebooks/run_all.py               what `make run` calls
 python notebooks/run_all.py --in-place    also writes the outputs into the notebooks here
+python notebooks/run_all.py --all-in-one  the same cells in one kernel: 00_all_in_one.ipynb
 
 The executed copies are kept in the workspace.
 """
@@ -19,6 +20,7 @@ import nbformat
 import pandas as pd
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
+from assemble import NAME, chapters
 from tqdm import tqdm
 
 from qlora_helpers import QLoraError, RunConfig, p_text, write_text
@@ -104,6 +106,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--in-place", action="store_true", help="write the outputs into the files")
+    parser.add_argument("--all-in-one", action="store_true", help="the assembled notebook alone")
     parser.add_argument(
         "--folder", type=Path, default=FOLDER, help="the notebooks' (default: here)"
     )
@@ -112,7 +115,8 @@ def main() -> None:
         config = RunConfig.from_environment()
     except QLoraError as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    paths = sorted(arguments.folder.glob("[0-9]*.ipynb"))
+    folder = arguments.folder
+    paths = [folder / NAME] if arguments.all_in_one else chapters(folder)
     cells = sum(len(code_cells(nbformat.read(path, as_version=4))) for path in paths)
     print(
         f"Profile {config.profile}: {config.base_model}, {config.num_epochs} epochs over "

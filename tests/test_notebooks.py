@@ -27,7 +27,7 @@ from qlora_helpers import LABELS, reliability, with_temperature
 from qlora_helpers.errors import WorkspaceError
 
 ROOT = Path(__file__).parents[1]
-PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PATHS = sorted((ROOT / "notebooks").glob("0[1-5]_*.ipynb"))
 NAMES = ["01_setup", "02_data_subset", "03_qlora_training", "04_evaluation", "05_inference"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY, VERSION = PROJECT["urls"]["Repository"], PROJECT["version"]

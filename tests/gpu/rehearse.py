@@ -3,6 +3,7 @@
     python tests/gpu/rehearse.py                                  AG News from the hub
     python tests/gpu/rehearse.py --data FOLDER                    or from train.csv and test.csv
     python tests/gpu/rehearse.py --models smollm2 --repeats 2     one model, twice
+    python tests/gpu/rehearse.py --all-in-one                     00_all_in_one.ipynb after the five
 
 It needs an NVIDIA GPU of 24 GB or more, the packages of requirements.txt, the tokenizer of Mistral
 v0.1 (--tokenizer, else fetched with pip from mistral-common) and, for the model smollm2, the
@@ -31,6 +32,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 MISTRAL_COMMON = "mistral-common==1.13.1"
 TOKENIZER_FILE = "mistral_common/data/tokenizer.model.v1"
+CHAPTERS, ALL_IN_ONE = "0[1-5]*.ipynb", "00*.ipynb"
 TRAINING_CELL = "trainer.fit("
 SLOW_CELL = 2.0  # seconds: such cells are listed
 FRESH_FOLDERS = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "REHEARSAL_PEAKS")
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--data", help="a folder with AG News' train.csv and test.csv")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=1, help="rehearsals of each model")
+    parser.add_argument("--all-in-one", action="store_true", help="also the five in one kernel")
     parser.add_argument("--tokenizer", type=Path, help="Mistral v0.1's tokenizer.model")
     parser.add_argument("--work", type=Path, help="where checkpoint and runs go; emptied of runs")
     parser.add_argument("--cores", nargs="+", type=int, default=[0, 1], help="the CPU cores to use")
@@ -62,12 +65,15 @@ def main() -> None:
         checkpoint = work.absolute() / "random-mistral-7b-nf4"
         make_checkpoint(checkpoint, arguments.tokenizer or fetch_tokenizer(work / "tokenizer"))
         MODELS["mistral"]["QLORA_BASE_MODEL"] = str(checkpoint)
-    columns = {}
+    columns, patterns = {}, [CHAPTERS, ALL_IN_ONE] if arguments.all_in_one else [CHAPTERS]
     for repeat in range(1, arguments.repeats + 1):
         for model in arguments.models:
-            column = f"{model}, {repeat}" if arguments.repeats > 1 else model
-            columns[column] = rehearse(model, work.absolute() / f"{model}-{repeat}")
-            print(json.dumps({column: columns[column]}), flush=True)
+            for pattern in patterns:
+                column = model if pattern == CHAPTERS else f"{model}, all in one"
+                column += f", {repeat}" if arguments.repeats > 1 else ""
+                workspace = work.absolute() / column.replace(", ", "-").replace(" ", "_")
+                columns[column] = rehearse(model, workspace, pattern)
+                print(json.dumps({column: columns[column]}), flush=True)
     print(f"\n{description()}\n\n{as_table(columns)}")
     print(f"\nThe runs, with the executed notebooks, are in {work}.")
 
@@ -131,8 +137,8 @@ def make_checkpoint(folder: Path, tokenizer_file: Path) -> None:
         tf.LlamaTokenizerFast.from_pretrained(source, add_bos_token=True).save_pretrained(folder)
 
 
-def rehearse(model: str, workspace: Path) -> dict[str, str]:
-    """Run the five notebooks for `model` in `workspace` and return a column of the table."""
+def rehearse(model: str, workspace: Path, pattern: str) -> dict[str, str]:
+    """Run the notebooks of a `pattern` in `workspace` and return a column of the table."""
     import run_all
     from tqdm import tqdm
 
@@ -140,7 +146,7 @@ def rehearse(model: str, workspace: Path) -> dict[str, str]:
     workspace.mkdir(parents=True)
     os.environ |= MODELS[model] | {"QLORA_WORKSPACE": str(workspace)}
     seconds, peaks = {}, []
-    for path in sorted((ROOT / "notebooks").glob("0[1-5]*.ipynb")):
+    for path in sorted((ROOT / "notebooks").glob(pattern)):
         with tempfile.TemporaryDirectory() as fresh:
             for name in FRESH_FOLDERS:
                 os.environ[name] = os.path.join(fresh, name)
@@ -182,14 +188,15 @@ def column(workspace: Path, seconds: dict, peaks: list, training_seconds: float)
     step = statistics.median(between)
     # From the cell's start to its first step.
     first = training_seconds - (history["seconds"] - steps[0]["seconds"])
-    whole = seconds["03_qlora_training"]
+    whole = seconds.get("03_qlora_training")
     gpu, host = (max(one[name] for one in peaks) for name in ("gpu_gib", "host_gib"))
     interval = f"{tuned['low']:.3f} to {tuned['high']:.3f}"
     return {
         **{f"minutes of {name}": f"{took / 60:.1f}" for name, took in seconds.items()},
+        "minutes of all": f"{sum(seconds.values()) / 60:.1f}",
         "seconds from 03's training cell to the first step": f"{first:.0f}",
         "seconds of a step (median)": f"{step:.3f}",
-        "03 as a whole / (steps x step)": f"{whole / (len(steps) * step):.2f}",
+        "03 as a whole / (steps x step)": f"{whole / (len(steps) * step):.2f}" if whole else "",
         "training rows/s, steps alone": f"{config['effective_batch_size'] / step:.1f}",
         "training rows/s, with validation": f"{history['rows_per_second']:.1f}",
         "scoring rows/s, tuned model": f"{tuned['rows_per_second']:.0f}",
@@ -205,7 +212,7 @@ def as_table(columns: dict[str, dict[str, str]]) -> str:
     """Return the columns as a Markdown table."""
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
     for name in next(iter(columns.values())):
-        rows.append([name, *(one[name] for one in columns.values())])
+        rows.append([name, *(one.get(name, "") for one in columns.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
