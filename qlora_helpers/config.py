@@ -36,18 +36,20 @@ PROFILES = {
     },
 }
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
-_POSITIVE = ("a finite number above 0", lambda value: 0 < value < math.inf)
-_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-# What the value of a field must be, in words and as a test: by its name, else by its type.
-_LIMITS = {
-    int: ("at least 1", lambda value: value >= 1),
-    str: ("more than spaces", str.strip),
-    "max_length": ("at least 32", lambda value: value >= 32),
-    "seed": ("at least 0", lambda value: value >= 0),
-    "learning_rate": _POSITIVE,
-    "max_grad_norm": _POSITIVE,
-    "warmup_ratio": _SHARE,
-    "lora_dropout": _SHARE,
+_BOUNDS = {  # the least and the greatest value of each number
+    "train_size": (1, 10_000_000),
+    "validation_size": (1, 10_000_000),
+    "test_size": (1, 10_000_000),
+    "learning_rate": (1e-9, 1),
+    "num_epochs": (1, 1000),
+    "effective_batch_size": (1, 4096),
+    "warmup_ratio": (0, 0.99),
+    "max_grad_norm": (1e-9, 1e9),
+    "max_length": (32, 32_768),
+    "lora_r": (1, 1024),
+    "lora_alpha": (1, 65_536),
+    "lora_dropout": (0, 0.99),
+    "seed": (0, 2**32 - 1),
 }
 
 
@@ -84,13 +86,8 @@ class RunConfig:
             raise ConfigError(
                 f"labels are {self.labels!r}: they must be 2 to {MOST_LABELS} different names."
             )
-        for name, kind in _FIELDS.items():
-            value = getattr(self, name)
-            if type(value) is not kind and (kind, type(value)) != (float, int):
-                raise ConfigError(f"{name} is {value!r}: it must be {_KINDS[kind]}.")
-            words, holds = _LIMITS.get(name) or _LIMITS[kind]
-            if not holds(value):
-                raise ConfigError(f"{name} is {value!r}: it must be {words}.")
+        for name in _FIELDS:
+            _check(name, getattr(self, name))
 
     @classmethod
     def from_environment(cls, **choices) -> "RunConfig":
@@ -109,6 +106,8 @@ class RunConfig:
             )
         for name in choices.keys() - _FIELDS.keys():
             raise ConfigError(f"unknown setting {name!r}. The settings are: {', '.join(_FIELDS)}.")
+        for name, value in choices.items():
+            _check(name, value)
         defaults = dict(PROFILES[profile])
         # The temperature and the choice of the epoch need validation rows in proportion.
         share = choices.get("train_size", 0) // 7
@@ -147,7 +146,7 @@ class RunConfig:
         try:
             fields = json.loads(text)
             return cls(**fields | {"labels": tuple(fields["labels"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ConfigError(
                 f"this is not a run's config ({error}): run notebooks/01_setup.ipynb again."
             ) from error
@@ -212,6 +211,20 @@ def _labels_and_sizes(path: Path, defaults: dict, choices: dict) -> dict:
     return sizes | {"labels": labels}
 
 
+def _check(name: str, value) -> None:
+    """Raise ConfigError if the field `name` cannot have `value`."""
+    kind = _FIELDS[name]
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        raise ConfigError(f"{name} is {value!r}: it must be {_KINDS[kind]}.")
+    if kind is str and not value.strip():
+        raise ConfigError(f"{name} is {value!r}: it must be more than spaces.")
+    if kind is not str:
+        least, greatest = _BOUNDS[name]
+        if not least <= value <= greatest:
+            words = f"at least {least:,}. The greatest possible value is {greatest:,}."
+            raise ConfigError(f"{name} is {value!r}: it must be {words}")
+
+
 def _check_profile(profile: str) -> None:
     if profile not in PROFILES:
         raise ConfigError(
@@ -246,4 +259,5 @@ def _parsed(where: str, name: str, text: str):
     try:
         return kind(text)
     except ValueError:
-        raise ConfigError(f"{where} is {text!r}: it must be {_KINDS[kind]}.") from None
+        shown = repr(text) if len(text) <= 40 else f"{text[:40]!r} ..."
+        raise ConfigError(f"{where} is {shown}: it must be {_KINDS[kind]}.") from None
