@@ -3,7 +3,6 @@
 import dataclasses
 import difflib
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path

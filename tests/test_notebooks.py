@@ -226,6 +226,7 @@ def run_all(monkeypatch, capsys, tmp_path):
         return capsys.readouterr().out, None
 
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")  # as run_all sets it, for this test alone
+    monkeypatch.syspath_prepend(ROOT / "notebooks")  # as Python does for a program
     return run
 
 
