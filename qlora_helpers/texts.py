@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import re
+import stat
 import unicodedata
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pandas as pd
 from qlora_helpers.errors import DataError, reason
 
 MOST_LABELS = 26  # as there are letters to ask for
+MOST_BYTES = 2**28  # of a file: nine times AG News' training rows
 _AG_NEWS = (
     "AG News' layout is class (1 World, 2 Sports, 3 Business, 4 Sci/Tech), title, description, "
     "without a header"
@@ -24,6 +26,7 @@ _BARE_ENTITY = re.compile(r" ?(?<![&\w])(#\d{2,5}|quot|amp|lt|gt|nbsp|hellip|mda
 _HUGE_ENTITY = re.compile(r"&#[0-9]{20,};?")  # int() refuses a number of 4,301 digits
 _WORD = re.compile(r"\w+")
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
+_SEPARATOR = re.compile(r"sep=.(?=[\r\n])", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -175,6 +178,10 @@ def read_labelled_csv(path: Path) -> pd.DataFrame:
 def _read_rows(path: Path, layout: str) -> list[tuple[int, list[str]]]:
     """Return `read_csv` of a file, without its blank rows."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+            most = f"{MOST_BYTES >> 20} MiB"
+            raise DataError(f"{path} is not an ordinary file of at most {most}. {layout}.")
         return [row for row in read_csv(path.read_bytes(), str(path)) if row[1]]
     except OSError as error:
         raise DataError(f"{path} cannot be read: {reason(error)}. {layout}.") from error
@@ -182,10 +189,16 @@ def _read_rows(path: Path, layout: str) -> list[tuple[int, list[str]]]:
 
 def _decode(data: bytes, name: str) -> str:
     try:
-        return bytes(data).decode("utf-8-sig")
+        text = bytes(data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = bytes(data[: error.start]).count(b"\n") + 1
         raise DataError(
             f"{name} is not UTF-8 (line {line}). Save it as UTF-8, for example: "
             "iconv -f latin1 -t utf-8."
         ) from error
+    if _SEPARATOR.match(text):
+        raise DataError(
+            f"{name}: the first line is {text[:5]!r}, a spreadsheet's note on what separates the "
+            f"columns. Remove that line. {_REMEDY}."
+        )
+    return text

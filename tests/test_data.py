@@ -140,11 +140,24 @@ def test_a_bad_csv_is_named_with_row_and_remedy(read, tmp_path, content, message
 
 
 def test_a_csv_that_is_not_there_is_named_with_the_layout(read, tmp_path):
-    read(GOOD.encode())
-    (tmp_path / "train.csv").unlink()
-    (tmp_path / "train.csv").mkdir()
-    message = f"{tmp_path}/train.csv cannot be read: Is a directory. QLORA_DATA names a folder"
+    message = f"{tmp_path}/train.csv cannot be read: No such file or directory. QLORA_DATA names a"
     with pytest.raises(DataError, match=re.escape(message)):
+        read(None)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "sparse"])
+def test_what_is_no_file_of_a_readable_size_is_refused_before_it_is_opened(read, tmp_path, kind):
+    path = tmp_path / "train.csv"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 2**40)
+    with pytest.raises(DataError, match="train.csv .*not an ordinary file of at most 256 MiB"):
         read(None)
 
 

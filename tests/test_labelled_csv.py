@@ -94,6 +94,7 @@ def test_columns_may_stand_in_any_order_beside_others_and_a_label_keeps_its_sign
         (["ax"], "headline,label", "row is 'headline,label' and does not name one column 'text'"),
         (["axb"], "text,label,text", "does not name one column 'text'. A labelled CSV begins"),
         (["a"], "text;label", "does not name one column 'text'.* Commas separate the columns"),
+        ([("text", "label"), *["ax"] * 9], "sep=,", "first line is 'sep=,'.* Remove that line"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named_with_the_remedy(write, rows, header, message):

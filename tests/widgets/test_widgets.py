@@ -200,6 +200,7 @@ def test_pasted_lines(classifier):
         ("a.csv", b"", "Upload a file or paste lines first."),
         ("a.csv", b"\xff\xfe", "a.csv is not UTF-8"),
         ("<b>.csv", b'text\n"', "&lt;b&gt;.csv"),
+        ("a.csv", b"sep=;\r\ntext\r\nRain\r\n", "first line is &#x27;sep=;&#x27;"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_in_the_panel(classifier, name, content, message):
