@@ -39,7 +39,8 @@ def loss_curves(
     for i, (name, other) in enumerate((earlier or {}).items()):
         table, grey = _table(other, "validation"), _GREYS[i % len(_GREYS)]
         for ax, score in ((left, "loss"), (right, "accuracy")):
-            line(ax, table, score, "o:", grey, f"validation, {name}", markersize=3, linewidth=1)
+            label = f"validation, {literal(name)}"
+            line(ax, table, score, "o:", grey, label, markersize=3, linewidth=1)
     line(left, train, "loss", "-", COLOURS[0], None, alpha=0.25)
     smooth = train.assign(loss=train.loss.ewm(alpha=1 - smoothing).mean())
     label = f"training loss, smoothed by {smoothing:g}" if smoothing else "training loss"
@@ -112,13 +113,19 @@ def label_colours(labels: Sequence[str]) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(labels))]
 
 
+def literal(text: str) -> str:
+    """Return `text` so that a figure shows it as it is: a pair of $ would hold a formula."""
+    return text.replace("$", r"\$")
+
+
 def probability_bars(text: str, probabilities: np.ndarray, labels: Sequence[str]) -> Figure:
     """Return the probability of each label for one text, as bars."""
     fig, (ax,) = _figure(1, width=6, height=0.8 + 0.3 * len(labels))
-    bars = ax.barh(labels[::-1], probabilities[::-1], color=label_colours(labels)[::-1])
+    names = [literal(label) for label in labels]
+    bars = ax.barh(names[::-1], probabilities[::-1], color=label_colours(labels)[::-1])
     ax.bar_label(bars, [f"{p:.1%}" for p in probabilities[::-1]], padding=3)
     ax.set(xlim=(0, 1.12), xticks=[])
-    ax.set_title(text.replace("$", r"\$"), loc="left", fontsize=9, wrap=True)
+    ax.set_title(literal(text), loc="left", fontsize=9, wrap=True)
     return fig
 
 

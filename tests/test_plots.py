@@ -1,5 +1,7 @@
 """The figures hold the data they were given."""
 
+import io
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -67,6 +69,19 @@ def test_probability_bars():
     (ax,) = plots.probability_bars("A $5 headline", np.array([0.1, 0.2, 0.3, 0.4]), LABELS).axes
     assert [label.get_text() for label in ax.get_yticklabels()] == list(LABELS[::-1])
     assert [bar.get_width() for bar in ax.patches] == [0.4, 0.3, 0.2, 0.1]
+
+
+def test_dollars_of_a_reader_are_shown_as_they_are():
+    """Between two of them, matplotlib would read a formula, and fail when it draws a broken one."""
+    labels = ("$a_{b$", "costs $5", r"\$^$")
+    figures = [
+        plots.probability_bars("$x^$ at $5", np.array([0.2, 0.3, 0.5]), labels),
+        plots.loss_curves(HISTORY, earlier={"$_$": HISTORY}),
+    ]
+    for figure in figures:
+        figure.savefig(io.BytesIO())
+    names = [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert names == [plots.literal(label) for label in labels[::-1]]
 
 
 def test_reliability_diagram():

@@ -1,6 +1,8 @@
 """The file panel of 05, of core ipywidgets that work in 7.7 (Colab) and 8.1."""
 
 import base64
+import csv
+import re
 import time
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pandas as pd
 
 from qlora_helpers.classifier import NO_TEXT, HeadlineClassifier, classify_file, split_lines
 from qlora_helpers.widgets.markup import escape, failure
+
+_FORMULA = re.compile(r"(?![+-]?[\d.,]+$)\s*[=+\-@]")  # at the beginning; a number is none
 
 
 class FilePanel(ipw.VBox):
@@ -78,13 +82,32 @@ def _uploaded(value) -> tuple[str, bytes]:
 
 def _result(table: pd.DataFrame, label: str, name: str, seconds: float) -> str:
     """Return HTML with the number of rows of each label, a link to the CSV, and its first rows."""
-    csv = table.to_csv(index=False, lineterminator="\n").encode(errors="replace")
-    link = f"data:text/csv;charset=utf-8;base64,{base64.b64encode(csv).decode()}"
+    quoted = table.map(_without_formula).rename(columns=_without_formula)
+    # all text is quoted: some versions of Python leave a cell with a lone carriage return bare
+    data = quoted.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    encoded = base64.b64encode(data.encode(errors="replace")).decode()
+    link = f"data:text/csv;charset=utf-8;base64,{encoded}"
     counts = table[label].replace(NO_TEXT, "without a text").value_counts()
     counted = ", ".join(f"{count:,} {escape(value)}" for value, count in counts.items())
+    formulas = sum(map(_is_formula, [*table.columns, *table.to_numpy().ravel()]))
+    note = ""
+    if formulas:
+        note = (
+            f"<p>{formulas:,} cells begin with = + - or @. In the CSV each has a ' before it: a "
+            "spreadsheet would take it for a formula.</p>"
+        )
     first = table.head(5).map(lambda cell: cell[:80] if isinstance(cell, str) else f"{cell:.1%}")
     return (
         f"<p>{len(table):,} rows in {seconds:.1f} s: {counted}.</p>"
         f'<p><a download="{escape(name)}" href="{link}">Download {escape(name)}</a></p>'
+        + note
         + first.to_html(index=False, border=0).encode(errors="replace").decode()
     )
+
+
+def _is_formula(cell) -> bool:
+    return isinstance(cell, str) and _FORMULA.match(cell) is not None
+
+
+def _without_formula(cell):
+    return f"'{cell}" if _is_formula(cell) else cell

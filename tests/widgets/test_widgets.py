@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import csv
 import html
 import io
 import re
@@ -192,6 +193,21 @@ def test_pasted_lines(classifier):
     panel.button.click()
     assert panel.table.text.tolist()[:3] == ["", "Rain, again", ""] and len(panel.table) == 102
     assert download(panel)[0] == "lines_labels.csv" and len(download(panel)[1]) == 102
+
+
+def test_the_csv_keeps_line_ends_and_holds_no_formula(classifier):
+    panel = FilePanel(classifier)
+    cells = ["one\rtwo", "=HYPERLINK(1)", "+1 is a vote", "-5", "@all", " \t=A1", "a=b", '"-x,']
+    table = pd.DataFrame({"=id": cells, "text": "Rain"})
+    upload(panel, "a.csv", table.to_csv(index=False, quoting=csv.QUOTE_ALL).encode())
+    panel.button.click()
+    [data] = re.findall(r'base64,([^"]*)', panel.answer.value)
+    lines = io.StringIO(base64.b64decode(data).decode(), newline="")
+    header, *rows = csv.reader(lines, strict=True)
+    shown = ["one\rtwo", "'=HYPERLINK(1)", "'+1 is a vote", "-5", "'@all", "' \t=A1", "a=b", '"-x,']
+    assert header[:2] == ["'=id", "text"] and [row[0] for row in rows] == shown
+    assert "5 cells begin with = + - or @" in panel.answer.value
+    assert panel.table["=id"].tolist() == cells
 
 
 @pytest.mark.parametrize(
