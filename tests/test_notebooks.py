@@ -207,6 +207,28 @@ def test_hostile_texts_of_ten_labels_go_through_five_machines(
     assert '" A" (comp.0), " B" (comp.1)' in card and "AG News" not in card
 
 
+PLANTED = "<img src=x onerror=alert(1)//"  # a browser closes it by itself
+
+
+@pytest.mark.parametrize(("name", "number"), [("04_evaluation", 1), ("05_inference", 0)])
+def test_tables_with_a_style_show_the_readers_text_as_text(monkeypatch, name, number):
+    shown = []
+    monkeypatch.setattr(sys, "displayhook", shown.append)
+    texts = {"text": PLANTED, "true": "a", "predicted": PLANTED, "confidence": 0.5}
+    names = {
+        "answers": pd.DataFrame({"label": PLANTED, "confidence": [0.5], f"P({PLANTED})": 0.5}),
+        "headlines": [PLANTED],
+        "review": pd.DataFrame(texts, index=[0]),
+        "pd": pd,
+        "display": shown.append,
+    }
+    cells = [cell.source for cell in code_cells(ROOT / "notebooks" / f"{name}.ipynb")]
+    source = [source for source in cells if ".style" in source][number]
+    exec(compile(source + "\n", name, "single"), names)
+    html = shown[0].to_html()
+    assert "<img" not in html and html.count("&lt;img") >= 2
+
+
 # run_all.py
 
 
