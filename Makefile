@@ -22,7 +22,7 @@ test-quick: $(READY)  ## all but the notebooks, and the tests that need the smal
 	$(BIN)/python -m pytest tests -m "not real_model and not slow" -n 2 --dist loadfile
 
 app: $(VENV)/.app  ## 05's panels as a page, for this machine alone: http://localhost:8866
-	$(BIN)/voila notebooks/app.py --Voila.ip=127.0.0.1 --port=$(PORT) --VoilaConfiguration.extension_language_mapping=.py=python
+	$(BIN)/python notebooks/serve.py --port=$(PORT)
 
 pictures: $(READY) $(VENV)/.browser  ## the README's pictures of the panels, by the tests in the browser
 	$(BIN)/python -m pytest notebooks tests/browser --pictures=notebooks/images

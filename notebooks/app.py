@@ -1,4 +1,4 @@
-"""05's panels alone: the page that `make app` serves with Voila."""
+"""05's panels alone: the page that serve.py serves with Voila."""
 
 from IPython.display import HTML, display
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -65,11 +66,11 @@ def browser(tmp_path_factory):
 
 @contextlib.contextmanager
 def serving(arguments: list[str], folder: Path, log: Path, **environment: str):
-    """Run `python -m ARGUMENTS --port=...` as a server in `folder`, and yield its address."""
+    """Run `python ARGUMENTS --port=...` as a server in `folder`, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", *arguments, f"--port={port}"]
+    command = [sys.executable, *arguments, f"--port={port}"]
     environment = os.environ | environment
     with log.open("wb") as out:
         server = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=out)
@@ -90,10 +91,8 @@ def serving(arguments: list[str], folder: Path, log: Path, **environment: str):
 
 
 def serving_page(workspace: Path, log: Path):
-    """Serve the page for `workspace` as the Makefile does."""
-    lines = (ROOT / "Makefile").read_text().splitlines()
-    [line] = [line for line in lines if "$(BIN)/voila" in line]
-    arguments = line.split("$(BIN)/")[1].replace("--port=$(PORT)", "--no-browser").split()
+    """Serve the page for `workspace` as `make app` does."""
+    arguments = ["notebooks/serve.py", "--no-browser"]
     return serving(arguments, ROOT, log, QLORA_WORKSPACE=str(workspace))
 
 
@@ -109,6 +108,25 @@ def empty_page_address(browser, tmp_path):
         yield address
 
 
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """A function that asks for the page with `headers`: the status and what is shown."""
+    pytest.importorskip("voila", reason="needs Voila: pip install -e .[app]")
+    folder = tmp_path_factory.mktemp("serve")
+    with serving_page(folder / "nothing", folder / "log.txt") as address:
+
+        def ask(**headers: str) -> tuple[int, str]:
+            names = {name.replace("_", "-"): value for name, value in headers.items()}
+            request = urllib.request.Request(address, headers=names)
+            try:
+                with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+                    return answer.status, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.code, error.read().decode()
+
+        yield ask
+
+
 @pytest.fixture
 def lab_address(browser, run_folder, tmp_path):
     """The address of JupyterLab with a copy of notebook 5."""
@@ -119,7 +137,7 @@ def lab_address(browser, run_folder, tmp_path):
         path = settings / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(setting))
-    arguments = ["jupyterlab", "--ip=127.0.0.1", "--no-browser", "--allow-root"]
+    arguments = ["-m", "jupyterlab", "--ip=127.0.0.1", "--no-browser", "--allow-root"]
     arguments.append("--IdentityProvider.token=")
     environment = {"QLORA_WORKSPACE": str(run_folder), "JUPYTERLAB_SETTINGS_DIR": str(settings)}
     with serving(arguments, folder, tmp_path / "log.txt", **environment) as address:

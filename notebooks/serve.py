@@ -1,0 +1,57 @@
+"""Serve app.py as a page for this machine alone: what `make app` runs, with Voila's options."""
+
+import sys
+from pathlib import Path
+
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from tornado.web import HTTPError, RequestHandler
+from traitlets.config import Config
+from voila.app import Voila
+
+MOST_PAGES = 3  # each has a kernel with a model of its own
+IDLE_SECONDS = 600
+TOO_MANY = (
+    f"{MOST_PAGES} pages are open: close one and load this again. One that lost its browser is "
+    f"closed after {IDLE_SECONDS // 60} minutes"
+)
+
+
+class Kernels(AsyncMappingKernelManager):
+    """Starts at most MOST_PAGES kernels, counting those that are still starting."""
+
+    starting = 0
+
+    async def start_kernel(self, **options) -> str:
+        if len(self) + self.starting >= MOST_PAGES:
+            raise HTTPError(503, reason=TOO_MANY)  # Voila's page shows it
+        self.starting += 1
+        try:
+            return await super().start_kernel(**options)
+        finally:
+            self.starting -= 1
+
+
+def refuse_other_sites(handler: RequestHandler, **_) -> None:
+    """Raise an error if a page of another site, as the browser says, asks for this one."""
+    if handler.request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        reason = "Another site asked for this page. Type its address instead"
+        raise HTTPError(403, reason=reason)
+
+
+OPTIONS = {
+    "Voila": {
+        "ip": "127.0.0.1",
+        # Only local names are answered: another name could be made to lead here.
+        "tornado_settings": {"allow_remote_access": False},
+    },
+    "VoilaConfiguration": {
+        "extension_language_mapping": {".py": "python"},
+        "multi_kernel_manager_class": Kernels,
+        "prelaunch_hook": refuse_other_sites,
+    },
+    "MappingKernelManager": {"cull_idle_timeout": IDLE_SECONDS, "cull_interval": 60},
+}
+
+if __name__ == "__main__":
+    page = Path(__file__).with_name("app.py")
+    Voila.launch_instance([str(page), *sys.argv[1:]], config=Config(OPTIONS))
