@@ -7,67 +7,39 @@ import logging
 from importlib import import_module
 
 _MODULES = {  # each with its public names, in the order in which the notebooks introduce them
-    "errors": (
-        "QLoraError",
-        "ConfigError",
-        "DataError",
-        "ModelError",
-        "PreflightError",
-        "TrainingStopped",
-        "WorkspaceError",
-    ),
+    "errors": "QLoraError ConfigError DataError ModelError PreflightError TrainingStopped "
+    "WorkspaceError",
     # 01_setup
-    "config": ("LABELS", "RunConfig"),
-    "colab.doctor": ("examine", "findings_table", "require_ok"),
-    "colab.drive": ("find_workspace", "open_workspace"),
-    "run.workspace": ("Workspace",),
-    "run.files": ("write_text",),
+    "config": "LABELS RunConfig",
+    "colab.doctor": "examine findings_table require_ok",
+    "colab.drive": "find_workspace open_workspace",
+    "run.workspace": "Workspace",
+    "run.files": "write_text",
     # 02_data_subset
-    "texts": ("clean_text",),
-    "data": ("SPLITS", "draw_subset", "load_rows", "text_rules"),
-    "prompts": (
-        "build_prompt",
-        "encode_prompts",
-        "few_shot_prefix",
-        "label_token_ids",
-        "label_words",
-    ),
+    "texts": "clean_text",
+    "data": "SPLITS draw_subset load_rows text_rules",
+    "prompts": "build_prompt encode_prompts few_shot_prefix label_token_ids label_words",
     # 03_qlora_training
-    "model": (
-        "attach_lora",
-        "compute_dtype",
-        "load_base_model",
-        "load_tokenizer",
-    ),
-    "adapter": ("load_adapter", "save_adapter"),
-    "fast.plan": ("BatchPlan",),
-    "training": ("LabelTrainer", "plan_batches"),
-    "history": ("what_validation_says",),
-    "scoring": ("check_same_adapter", "label_logits", "label_probabilities"),
+    "model": "attach_lora compute_dtype load_base_model load_tokenizer",
+    "adapter": "load_adapter save_adapter",
+    "fast.plan": "BatchPlan",
+    "training": "LabelTrainer plan_batches",
+    "history": "what_validation_says",
+    "scoring": "check_same_adapter label_logits label_probabilities",
     # 04_evaluation
-    "metrics": (
-        "ece_by_chance",
-        "fit_temperature",
-        "mcnemar",
-        "p_text",
-        "reliability",
-        "scoreboard",
-        "scores",
-        "wilson_interval",
-        "with_temperature",
-    ),
-    "card": ("model_card",),
+    "metrics": "ece_by_chance fit_temperature mcnemar p_text reliability scoreboard scores "
+    "wilson_interval with_temperature",
+    "card": "model_card",
     # 05_inference
-    "classifier": ("HeadlineClassifier", "classify_file"),
-    "export": ("export_adapter", "merge_adapter"),
+    "classifier": "HeadlineClassifier classify_file",
+    "export": "export_adapter merge_adapter",
     # figures and panels
-    "plots": (),
-    "widgets.loss_panel": ("LossPanel",),
-    "widgets.error_explorer": ("ErrorExplorer", "review_table"),
-    "widgets.headline_panel": ("EXAMPLES", "HeadlinePanel"),
-    "widgets.file_panel": ("FilePanel",),
+    "widgets.loss_panel": "LossPanel",
+    "widgets.error_explorer": "ErrorExplorer review_table",
+    "widgets.headline_panel": "EXAMPLES HeadlinePanel",
+    "widgets.file_panel": "FilePanel",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = [*_MODULE_OF, "plots"]
 
 

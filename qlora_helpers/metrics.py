@@ -20,7 +20,6 @@ class ClassificationScores(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
-            inputs_description="label indices",
             features=datasets.Features({"predictions": indices, "references": indices}),
         )
 
@@ -39,8 +38,7 @@ def scores(predictions, references, labels: Sequence[str]) -> dict[str, float]:
 
 def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     """Return the 95% interval of an accuracy of `correct` out of `total` (Wilson, 1927)."""
-    interval = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
-    return interval.low, interval.high
+    return tuple(binomtest(correct, total).proportion_ci(method="wilson"))
 
 
 def macro_f1_interval(

@@ -1,6 +1,7 @@
 """The prompt and the label words, built here and nowhere else."""
 
 import string
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
@@ -42,20 +43,16 @@ def encode_prompts(
 
 def _cut(tokenizer, text: str, most: int, prefix: str) -> list[int]:
     """Return the ids of a prompt with as many of the text's first words or characters as fit."""
-    empty = tokenizer(prefix + build_prompt("")).input_ids
+
+    def ids(part: str) -> list[int]:
+        return tokenizer(prefix + build_prompt(part)).input_ids
+
     words = text.split(" ")[:most]  # a word has at least one token
-    for parts, joint in ((words, " "), (words[0], "")):
-        fitting, low, high = empty, 0, len(parts)
-        while low < high:
-            middle = (low + high + 1) // 2
-            ids = tokenizer(prefix + build_prompt(joint.join(parts[:middle]))).input_ids
-            if len(ids) <= most:
-                fitting, low = ids, middle
-            else:
-                high = middle - 1
-        if low:
-            break
-    return fitting
+    counts = range(1, len(words) + 1)
+    if count := bisect_right(counts, most, key=lambda n: len(ids(" ".join(words[:n])))):
+        return ids(" ".join(words[:count]))
+    lengths = range(1, len(words[0]) + 1)
+    return ids(words[0][: bisect_right(lengths, most, key=lambda n: len(ids(words[0][:n])))])
 
 
 def label_words(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[str]:

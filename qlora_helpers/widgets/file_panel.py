@@ -82,32 +82,23 @@ def _uploaded(value) -> tuple[str, bytes]:
 
 def _result(table: pd.DataFrame, label: str, name: str, seconds: float) -> str:
     """Return HTML with the number of rows of each label, a link to the CSV, and its first rows."""
-    quoted = table.map(_without_formula).rename(columns=_without_formula)
+    quoted = table.map(_as_text).rename(columns=_as_text)
     # all text is quoted: some versions of Python leave a cell with a lone carriage return bare
     data = quoted.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     encoded = base64.b64encode(data.encode(errors="replace")).decode()
     link = f"data:text/csv;charset=utf-8;base64,{encoded}"
     counts = table[label].replace(NO_TEXT, "without a text").value_counts()
     counted = ", ".join(f"{count:,} {escape(value)}" for value, count in counts.items())
-    formulas = sum(map(_is_formula, [*table.columns, *table.to_numpy().ravel()]))
-    note = ""
-    if formulas:
-        note = (
-            f"<p>{formulas:,} cells begin with = + - or @. In the CSV each has a ' before it: a "
-            "spreadsheet would take it for a formula.</p>"
-        )
     first = table.head(5).map(lambda cell: cell[:80] if isinstance(cell, str) else f"{cell:.1%}")
     return (
         f"<p>{len(table):,} rows in {seconds:.1f} s: {counted}.</p>"
-        f'<p><a download="{escape(name)}" href="{link}">Download {escape(name)}</a></p>'
-        + note
+        f'<p><a download="{escape(name)}" href="{link}">Download {escape(name)}</a>. A \' in '
+        "it keeps a spreadsheet from taking a text for a formula.</p>"
         + first.to_html(index=False, border=0).encode(errors="replace").decode()
     )
 
 
-def _is_formula(cell) -> bool:
-    return isinstance(cell, str) and _FORMULA.match(cell) is not None
-
-
-def _without_formula(cell):
-    return f"'{cell}" if _is_formula(cell) else cell
+def _as_text(cell):
+    """Return `cell`, with a ' before it if a spreadsheet would take it for a formula."""
+    is_formula = isinstance(cell, str) and _FORMULA.match(cell)
+    return f"'{cell}" if is_formula else cell
