@@ -35,21 +35,11 @@ PROFILES = {
     },
 }
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
-_BOUNDS = {  # the least and the greatest value of each number
-    "train_size": (1, 10_000_000),
-    "validation_size": (1, 10_000_000),
-    "test_size": (1, 10_000_000),
-    "learning_rate": (1e-9, 1),
-    "num_epochs": (1, 1000),
-    "effective_batch_size": (1, 4096),
-    "warmup_ratio": (0, 0.99),
-    "max_grad_norm": (1e-9, 1e9),
-    "max_length": (32, 32_768),
-    "lora_r": (1, 1024),
-    "lora_alpha": (1, 65_536),
-    "lora_dropout": (0, 0.99),
-    "seed": (0, 2**32 - 1),
-}
+
+
+def _number(least: float, greatest: float, **default):
+    """Return a field of RunConfig with the bounds of its value."""
+    return dataclasses.field(metadata={"bounds": (least, greatest)}, **default)
 
 
 @dataclass(frozen=True)
@@ -63,19 +53,19 @@ class RunConfig:
     profile: str
     base_model: str
     data: str
-    train_size: int
-    validation_size: int
-    test_size: int
-    learning_rate: float
-    num_epochs: int = 3
-    effective_batch_size: int = 16
-    warmup_ratio: float = 0.06
-    max_grad_norm: float = 1.0
-    max_length: int = 256
-    lora_r: int = 8
-    lora_alpha: int = 16
-    lora_dropout: float = 0.05
-    seed: int = 42
+    train_size: int = _number(1, 10_000_000)
+    validation_size: int = _number(1, 10_000_000)
+    test_size: int = _number(1, 10_000_000)
+    learning_rate: float = _number(1e-9, 1)
+    num_epochs: int = _number(1, 1000, default=3)
+    effective_batch_size: int = _number(1, 4096, default=16)
+    warmup_ratio: float = _number(0, 0.99, default=0.06)
+    max_grad_norm: float = _number(1e-9, 1e9, default=1.0)
+    max_length: int = _number(32, 32_768, default=256)
+    lora_r: int = _number(1, 1024, default=8)
+    lora_alpha: int = _number(1, 65_536, default=16)
+    lora_dropout: float = _number(0, 0.99, default=0.05)
+    seed: int = _number(0, 2**32 - 1, default=42)
     labels: tuple[str, ...] = LABELS
 
     def __post_init__(self):
@@ -196,10 +186,8 @@ def workspace_folder() -> Path:
 
 
 def _labels_and_sizes(path: Path, defaults: dict, choices: dict) -> dict:
-    """Return the labels of a CSV file, and sizes that its rows can fill.
-
-    A fifth of the rows tests and a tenth validates; no size is above the profile's default.
-    """
+    """Return the labels of a CSV file, and sizes that its rows can fill: a fifth of them tests and
+    a tenth validates, and no size is above the profile's default."""
     rows = read_labelled_csv(path)
     labels = rows.attrs["labels"]
     test = min(defaults["test_size"], max(len(labels), len(rows) // 5))
@@ -212,16 +200,14 @@ def _labels_and_sizes(path: Path, defaults: dict, choices: dict) -> dict:
 
 def _check(name: str, value) -> None:
     """Raise ConfigError if the field `name` cannot have `value`."""
-    kind = _FIELDS[name]
+    kind, bounds = _FIELDS[name], RunConfig.__dataclass_fields__[name].metadata.get("bounds")
     if type(value) is not kind and (kind, type(value)) != (float, int):
         raise ConfigError(f"{name} is {value!r}: it must be {_KINDS[kind]}.")
     if kind is str and not value.strip():
         raise ConfigError(f"{name} is {value!r}: it must be more than spaces.")
-    if kind is not str:
-        least, greatest = _BOUNDS[name]
-        if not least <= value <= greatest:
-            words = f"at least {least:,}. The greatest possible value is {greatest:,}."
-            raise ConfigError(f"{name} is {value!r}: it must be {words}")
+    if bounds and not bounds[0] <= value <= bounds[1]:
+        words = f"at least {bounds[0]:,}. The greatest possible value is {bounds[1]:,}."
+        raise ConfigError(f"{name} is {value!r}: it must be {words}")
 
 
 def _check_profile(profile: str) -> None:

@@ -27,10 +27,8 @@ SPLITS = ["train", "validation", "test"]
 def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
     """Return the uncleaned rows behind `config.data`; a labelled CSV is split with `config.seed`.
 
-    Returns:
-        {"train", "test"}, each with `raw` (str) and `label` (index into config.labels).
-    Raises:
-        DataError: names the file, the row and the remedy.
+    They are {"train", "test"}, each with `raw` (str) and `label` (index into config.labels).
+    Raises DataError that names the file, the row and the remedy.
     """
     if config.data == AG_NEWS:
         return _load_from_hub()
@@ -45,8 +43,7 @@ def load_rows(config: RunConfig) -> dict[str, pd.DataFrame]:
 def text_rules(config: RunConfig) -> tuple[Callable[[str], str], Callable[[str], str]]:
     """Return two functions of a text: it cleaned, and a key that is the same for its copies.
 
-    A labelled CSV holds texts of the reader's own, which lose control characters and runs of
-    spaces alone.
+    The reader's own texts, in a labelled CSV, lose control characters and runs of spaces alone.
     """
     return (tidy_text, same_but_case) if is_labelled_csv(config.data) else (clean_text, normalised)
 
@@ -60,11 +57,8 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
     seed and `test_size`: training rows come from the beginning of an order, validation rows from
     its end. A validation row of a smaller run may be a training row of a larger one.
 
-    Returns:
-        {"train", "validation", "test"}, each with `text` (str, by `text_rules`) and `label`;
-        `attrs["copies_dropped"]` of the training split is the number of copies.
-    Raises:
-        DataError: there are too few rows.
+    The splits are tables of `text` (str, by `text_rules`) and `label`; `attrs["copies_dropped"]` of
+    the training split is the number of copies. Raises DataError if there are too few rows.
     """
     rng = np.random.default_rng(config.seed)
     clean, copy_key = text_rules(config)
@@ -170,14 +164,9 @@ def _test_shares(rows: pd.DataFrame, config: RunConfig) -> np.ndarray:
 
 
 def _load_from_hub() -> dict[str, pd.DataFrame]:
-    folder = fetch(
-        AG_NEWS,
-        "dataset",
-        DATASET_FILES,
-        DataError,
-        "Or set QLORA_DATA to a folder with train.csv and test.csv, or "
-        f"QLORA_DATA={SAMPLE} for the bundled sample.",
-    )
+    remedy = "Or set QLORA_DATA to a folder with train.csv and test.csv, or "
+    remedy += f"QLORA_DATA={SAMPLE} for the bundled sample."
+    folder = fetch(AG_NEWS, "dataset", DATASET_FILES, DataError, remedy)
     rows = {}
     for split in ("train", "test"):
         files = [str(path) for path in sorted(folder.glob(f"data/{split}-*.parquet"))]

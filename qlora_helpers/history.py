@@ -59,8 +59,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         seconds, rows = self.seconds, self.trainer.config.effective_batch_size
-        entry = {"seconds": round(seconds, 2), "skipped_steps": self.skipped_steps}
-        state.log_history[-1] |= entry
+        state.log_history[-1] |= {"seconds": round(seconds, 2), "skipped_steps": self.skipped_steps}
         if not self.show or not state.global_step:
             return
         status = f"step {state.global_step} of {state.max_steps}, "

@@ -66,10 +66,8 @@ def macro_f1_interval(
 
 
 def mcnemar(predictions, others, references) -> float:
-    """Return the exact two-sided p-value of two systems being equally good (McNemar, 1947).
-
-    It counts only the rows where one of them is right and the other wrong; without any it is 1.
-    """
+    """Return the exact two-sided p-value of two systems being equally good (McNemar, 1947), from
+    the rows where one of them is right and the other wrong; without any it is 1."""
     right, other_right = np.equal(predictions, references), np.equal(others, references)
     wins, losses = int((right & ~other_right).sum()), int((~right & other_right).sum())
     return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
@@ -83,11 +81,8 @@ def p_text(p: float) -> str:
 def reliability(
     probabilities: np.ndarray, references, bins: int = 15
 ) -> tuple[pd.DataFrame, float]:
-    """Return how well confidence agrees with accuracy (arXiv:1706.04599).
-
-    Returns:
-        `confidence` and `accuracy` (means) and `rows` of each bin of equal width that has rows, and
-        the expected calibration error: the mean gap between the two, weighted by rows.
+    """Return how well confidence agrees with accuracy (arXiv:1706.04599): the means of both and the
+    `rows` of each bin of equal width that has rows, and the mean gap, weighted by rows (the ECE).
     """
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == np.asarray(references)
@@ -104,10 +99,8 @@ def _bins(confidence: np.ndarray, bins: int) -> np.ndarray:
 
 
 def ece_by_chance(probabilities: np.ndarray, bins: int = 15, draws: int = 1000) -> np.ndarray:
-    """Return (draws,) calibration errors, as in `reliability`, that chance alone gives.
-
-    Each is the error of labels drawn from `probabilities`, which are then perfectly calibrated.
-    """
+    """Return (draws,) calibration errors, as in `reliability`, that chance alone gives: of labels
+    drawn from `probabilities`, which are then perfectly calibrated."""
     confidence, rng = probabilities.max(axis=1), np.random.default_rng(0)
     bin_of, gaps = _bins(confidence, bins), np.zeros(draws)
     for b in np.unique(bin_of):

@@ -89,10 +89,8 @@ def scoreboard_bars(table: pd.DataFrame) -> Figure:
 
 
 def reliability_diagram(tables: dict[str, pd.DataFrame]) -> Figure:
-    """Return accuracy against confidence, for each of `metrics.reliability`'s tables by name.
-
-    A point's area is its share of the rows.
-    """
+    """Return accuracy against confidence, for each of `metrics.reliability`'s tables by name; a
+    point's area is its share of the rows."""
     fig, (ax,) = _figure(1, width=4.6, height=3.8)
     ax.plot([0, 1], [0, 1], color="grey", linestyle=":", label="confidence = accuracy")
     for i, (name, table) in enumerate(tables.items()):

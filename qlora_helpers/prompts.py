@@ -56,11 +56,8 @@ def _cut(tokenizer, text: str, most: int, prefix: str) -> list[int]:
 
 
 def label_words(tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> list[str]:
-    """Return what the model is asked for: each label after a space, or " A", " B", " C" ...
-
-    Letters stand for labels of which two begin with the same token. Raises ModelError if the
-    tokenizer cannot tell the letters apart either.
-    """
+    """Return what the model is asked for: each label after a space, or " A", " B", " C" ... if two
+    begin with the same token. Raises ModelError if the letters do so too."""
     words = [f" {label}" for label in labels]
     try:
         _first_tokens(tokenizer, words)

@@ -50,10 +50,7 @@ def same_but_case(text: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Return the key that copies share among rows of AG News: the words, without case.
-
-    A text without words is its own key.
-    """
+    """Return the key of copies among rows of AG News: the words without case, or else the text."""
     # The names of entities lose their case before they are cleaned.
     folded = unicodedata.normalize("NFKC", clean_text(text.casefold())).casefold()
     return " ".join(_WORD.findall(folded)) or folded
@@ -66,17 +63,14 @@ def _unescape(text: str) -> str:
 
 def split_lines(data: bytes, name: str) -> list[str]:
     """Return the lines of `data`, empty ones too. Raises DataError for what is not UTF-8."""
-    lines = _decode(data, name).split("\n")
-    if not lines[-1]:
-        lines.pop()
-    return [line.removesuffix("\r") for line in lines]
+    lines = re.split("\r?\n", _decode(data, name))
+    return lines if lines[-1] else lines[:-1]
 
 
 def read_csv(data: bytes, name: str) -> list[tuple[int, list[str]]]:
     """Return the number, from 1, and the cells of each row; a blank row has no cells.
 
-    Raises DataError, which names the file by `name`, the row and the remedy, for what is not UTF-8
-    with commas between the cells and as many cells in each row as in the first.
+    Raises DataError for what is not UTF-8 or CSV, or a row that is not as wide as the first.
     """
     rows = []
     try:
@@ -104,10 +98,7 @@ def is_ag_news_row(cells: list[str]) -> bool:
 
 
 def read_ag_news_csv(path: Path) -> pd.DataFrame:
-    """Return `raw` (title and description) and `label` (0 to 3) of a file in AG News' layout.
-
-    Raises DataError that names the file, the row and the remedy.
-    """
+    """Return `raw` (title and description) and `label` (0 to 3) of a file in AG News' layout."""
     rows = _read_rows(path, f"QLORA_DATA names a folder with train.csv and test.csv. {_AG_NEWS}")
     if not rows:
         raise DataError(f"{path} has no rows. {_AG_NEWS}.")
@@ -136,10 +127,9 @@ def read_labelled_csv(path: Path) -> pd.DataFrame:
     columns = [name.strip().lower() for name in header]
     for name in ("text", "label"):
         if columns.count(name) != 1:
-            raise DataError(
-                f"{path}: the first row is {','.join(header)[:80]!r} and does not name one column "
-                f"{name!r}. {_LABELLED}. {_REMEDY}."
-            )
+            first = f"the first row is {','.join(header)[:80]!r}"
+            where = f"{path}: {first} and does not name one column {name!r}"
+            raise DataError(f"{where}. {_LABELLED}. {_REMEDY}.")
     text, label = columns.index("text"), columns.index("label")
     cells = [(number, row[text], tidy_text(row[label])) for number, row in rows]
     table = pd.DataFrame(cells, columns=["row", "raw", "label"])

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -44,17 +43,15 @@ def plan_batches(
 
     It is measured on the longest of `texts`. Raises ModelError if a single row does not fit.
     """
-    label_ids = label_token_ids(tokenizer, config.labels)
     encoded = encode_prompts(tokenizer, texts, config.max_length)
-    forward = partial(label_logits, model, label_ids=label_ids)
+    forward = partial(label_logits, model, label_ids=label_token_ids(tokenizer, config.labels))
     return plan_encoded(model, encoded, forward, config.effective_batch_size)
 
 
 class LabelTrainer(ResumableTrainer):
     """The Trainer with a loss at the label's token, which ends with the best epoch's weights.
 
-    The order of rows depends on the seed and the effective batch. Neither plan nor checkpoints
-    change the result.
+    The order of rows follows the seed and the effective batch alone.
 
     Args:
         model: with LoRA attached.
@@ -146,8 +143,7 @@ class LabelTrainer(ResumableTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run forward and backward pass of an effective batch, in the plan's micro-batches.
 
-        A micro-batch that runs out of memory is run again in halves. Raises ModelError with the
-        rows of a loss that is not finite.
+        One that needs too much memory is halved. Raises ModelError for a loss that is not finite.
         """
         total, start, seed = 0.0, 0, [self.config.seed, self.state.global_step]
         while start < len(inputs["rows"]):
@@ -195,22 +191,17 @@ class LabelTrainer(ResumableTrainer):
         self.facts["plan"] = vars(BatchPlan(size, steps, kept // 2, self.plan.peak_gib, reason))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the loss of a micro-batch, divided by the rows of its effective batch.
-
-        The sum over the micro-batches is then the effective batch's mean, however it is cut.
-        """
+        """Return a micro-batch's part of its effective batch's mean loss, however that is cut."""
         logits = label_logits(self.model, inputs["prompts"], self.label_ids)
         return self.loss(logits, inputs["labels"]) / num_items_in_batch
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Return and log loss, accuracy and macro-F1 of the validation rows."""
-        start = time.perf_counter()
         texts, labels = self.eval_dataset.text, self.eval_dataset.label.to_numpy()
         probabilities = label_probabilities(self.model, self.tokenizer, texts, self.config)
         metrics = {"loss": float(-np.log(probabilities[range(len(labels)), labels]).mean())}
         predicted = probabilities.argmax(axis=1).tolist()
         metrics |= scores(predicted, labels.tolist(), self.config.labels)
-        metrics["runtime"] = time.perf_counter() - start
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.state.log_history[-1]["probabilities"] = probabilities.round(6).tolist()
@@ -224,15 +215,10 @@ class LabelTrainer(ResumableTrainer):
     def fit(self, checkpoints: Checkpoints, show: Callable | None = None) -> dict:
         """Train, and return the history. The model then has the weights of the best epoch.
 
-        A training that was stopped goes on from its newest complete checkpoint, to the result that
-        it would have had.
-
-        Args:
-            checkpoints: of this training, as in `workspace.checkpoints()`.
-            show: is called with a function that returns the history so far, and a line that says
-                how far the training is: `LossPanel.live`, for one.
-
-        Raises: what `ResumableTrainer.run` does.
+        A training that was stopped goes on from the newest of `checkpoints`, which are those of
+        `workspace.checkpoints()`, to the result that it would have had. `show` is called with a
+        function that returns the history so far, and a line that says how far the training is:
+        `LossPanel.live`, for one. Raises what `ResumableTrainer.run` does.
         """
         self.watch.show = show
         with checkpoints.hold("03_qlora_training"):

@@ -26,10 +26,7 @@ def review_table(
 
 
 class ErrorExplorer(ipw.VBox):
-    """Two menus that choose a cell of the confusion matrix, and its texts.
-
-    `table` comes from `review_table`. The first `rows` texts of the cell are shown.
-    """
+    """Two menus that choose a cell of the confusion matrix, and `rows` texts of `table` in it."""
 
     def __init__(self, table: pd.DataFrame, labels: Sequence[str], rows: int = 20):
         self.table, self.rows = table, rows

@@ -43,11 +43,9 @@ class FilePanel(ipw.VBox):
         self.table = None
         try:
             self.answer.value = self._answer()
-        except KeyboardInterrupt:
-            # The notebook's stop button.
+        except KeyboardInterrupt:  # the notebook's stop button
             self.answer.value = "<p>Stopped. Nothing was kept.</p>"
-        except Exception as error:
-            # Jupyter would hide it, or show a traceback.
+        except Exception as error:  # Jupyter would hide it, or show a traceback
             self.answer.value = failure(error)
         finally:
             self.bar.layout.visibility = "hidden"

@@ -35,16 +35,16 @@ class HeadlinePanel(ipw.VBox):
         self.asked = deque(maxlen=_HISTORY)
         # The rest is margin: with 100% a scrollbar would show.
         wide, narrow = {"width": "99%"}, {"width": "auto"}
-        hint = "Type a headline and press Enter"
-        self.text = ipw.Textarea(placeholder=hint, rows=3, description="Headline", layout=wide)
+        self.text = ipw.Textarea(rows=3, description="Headline", layout=wide)
+        self.text.placeholder = "Type a headline and press Enter"
         self.button = ipw.Button(description="Classify", button_style="primary")
         self.base_model = ipw.Checkbox(description="beside the base model", indent=False)
         self.words = ipw.Checkbox(description="which words mattered", indent=False)
         self.base_model.layout = self.words.layout = narrow
         self.examples = [ipw.Button(description=text, layout=narrow) for text in examples]
         self.answer, self.history = ipw.HTML(layout=wide), ipw.HTML(layout=wide)
-        controls = [self.button, self.base_model, self.words]
-        row = ipw.HBox(controls, layout={"flex_flow": "row wrap"})
+        row = ipw.HBox([self.button, self.base_model, self.words])
+        row.layout.flex_flow = "row wrap"
         children = [self.text, row, ipw.VBox(self.examples), self.answer, self.history]
         super().__init__(children, layout={"max_width": "720px"})
         self.text.observe(self._typed, names="value")
@@ -70,8 +70,7 @@ class HeadlinePanel(ipw.VBox):
         self.probabilities = None
         try:
             self.answer.value = self._answer(self.text.value)
-        except Exception as error:
-            # Jupyter would hide it, or show a traceback.
+        except Exception as error:  # Jupyter would hide it, or show a traceback
             self.answer.value = failure(error)
 
     def _answer(self, text: str) -> str:
@@ -82,12 +81,11 @@ class HeadlinePanel(ipw.VBox):
         seconds = time.perf_counter() - start
         label, shown = labels[int(tuned.argmax())], _shorten(tidy_text(text))
         answer = f"<b>{escape(label)}</b> in {seconds:.2f} s: <bdi>{escape(shown)}</bdi>"
+        bars = _bars(labels, tuned)
         if self.base_model.value:
             base = self.classifier.probabilities([text], base_model=True)[0]
-            answer += f"<p><b>tuned model</b></p>{_bars(labels, tuned)}"
-            answer += f"<p><b>base model</b></p>{_bars(labels, base)}"
-        else:
-            answer += _bars(labels, tuned)
+            bars = f"<p><b>tuned model</b></p>{bars}<p><b>base model</b></p>{_bars(labels, base)}"
+        answer += bars
         if self.words.value:
             answer += self._words(text, label)
         self.probabilities = tuned

@@ -45,10 +45,7 @@ class LossPanel(ipw.VBox):
         return self
 
     def live(self, history: Callable[[], dict], status: str) -> None:
-        """Show `status`, and now and then the picture of a growing history.
-
-        Pictures take at most a fiftieth of the time.
-        """
+        """Show `status`, and the picture of a growing history in at most a fiftieth of the time."""
         if self.cost + self._last <= 0.02 * (time.perf_counter() - self._start):
             self.show(history(), status)
         else:

@@ -4,10 +4,8 @@ import html
 
 
 def escape(text: str) -> str:
-    """Return `text` as HTML that shows it.
-
-    Half a surrogate pair, which cannot be sent to a browser, becomes a question mark.
-    """
+    """Return `text` as HTML that shows it, with a ? for half a surrogate pair, which no browser can
+    be sent."""
     return html.escape(text.encode(errors="replace").decode())
 
 
