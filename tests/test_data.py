@@ -40,7 +40,6 @@ AG_NEWS_FOLDER = os.environ.get("AG_NEWS_FOLDER", "")
         ("AT amp;T and Standard  amp; Poor #39;s", "AT&T and Standard & Poor's"),
         ("The vote #151; a close one #151; stands", "The vote— a close one— stands"),
         ("12 nbsp;percent,&nbsp;up", "12 percent, up"),
-        ("Fish &amp; chips, 5 &lt; 6", "Fish & chips, 5 < 6"),
         ("Fish &amp;amp; chips &amp;lt;b&amp;gt;fried&amp;lt;/b&amp;gt;", "Fish & chips fried"),
         ("Sports India: Cricket  gt; Kanpur", "Sports India: Cricket > Kanpur"),
         ("She played the part; and the lamp; then", "She played the part; and the lamp; then"),
@@ -70,7 +69,6 @@ def test_an_entity_of_thousands_of_digits_is_one_unknown_character(raw):
 
 def test_the_words_of_a_text_are_the_key_of_its_copies():
     assert normalised("Oil  Climbs 3%, again!") == "oil climbs 3 again"
-    assert normalised("OIL CLIMBS: 3 % - AGAIN") == "oil climbs 3 again"
     assert normalised("Fujita #39;s caf\u00e9") == normalised("FUJITA'S CAFE\u0301")
     assert normalised("Fujita #39;s caf\u00e9") != normalised("Fujita's cafe")
     assert normalised("?!") == "?!" != normalised("...")
@@ -120,11 +118,9 @@ def test_csv_as_it_comes(read):
     ("content", "message"),
     [
         ("\n\n", f" has no rows. {LAYOUT}"),
-        ("text,label\nRain,World\n", f", row 1, 'text,label': {LAYOUT}"),
         ("class,title,description\n" + GOOD, f", row 1, 'class,title,description': {LAYOUT}"),
         (GOOD + '\n"5","a","b"\n', f", row 3, '5,a,b': {LAYOUT}"),
         (GOOD + "1,a,b,c\n", ", row 2: the number of columns is 4, not 3. Commas separate the"),
-        (GOOD + "text\n", ", row 2: the number of columns is 1, not 3. Commas separate the"),
         (GOOD + '1," "," #39;"\n2,"&lt;b&gt;"," "\n', ", row 3: there is no text. Remove"),
         (
             GOOD + '"1","a","never closed\n',
@@ -139,13 +135,7 @@ def test_a_bad_csv_is_named_with_row_and_remedy(read, tmp_path, content, message
         read(content.encode("latin1"))
 
 
-def test_a_csv_that_is_not_there_is_named_with_the_layout(read, tmp_path):
-    message = f"{tmp_path}/train.csv cannot be read: No such file or directory. QLORA_DATA names a"
-    with pytest.raises(DataError, match=re.escape(message)):
-        read(None)
-
-
-@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "sparse"])
+@pytest.mark.parametrize("kind", ["nothing", "folder", "fifo", "device", "sparse"])
 def test_what_is_no_file_of_a_readable_size_is_refused_before_it_is_opened(read, tmp_path, kind):
     path = tmp_path / "train.csv"
     if kind == "folder":
@@ -154,10 +144,13 @@ def test_what_is_no_file_of_a_readable_size_is_refused_before_it_is_opened(read,
         os.mkfifo(path)
     elif kind == "device":
         path.symlink_to("/dev/zero")
-    else:
+    elif kind == "sparse":
         path.touch()
         os.truncate(path, 2**40)
-    with pytest.raises(DataError, match="train.csv .*not an ordinary file of at most 256 MiB"):
+    reason = (
+        "cannot be read: No such" if kind == "nothing" else "is not an ordinary file of at most"
+    )
+    with pytest.raises(DataError, match=f"train.csv {reason} .* QLORA_DATA names a folder with"):
         read(None)
 
 

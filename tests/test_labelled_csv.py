@@ -8,7 +8,7 @@ import pytest
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.data import SPLITS, draw_subset, load_rows, text_rules
-from qlora_helpers.errors import ConfigError, DataError
+from qlora_helpers.errors import DataError
 from qlora_helpers.texts import read_labelled_csv
 
 
@@ -102,11 +102,6 @@ def test_a_file_that_cannot_be_used_is_named_with_the_remedy(write, rows, header
     with pytest.raises(DataError, match=message) as error:  # before anything else is done
         RunConfig.from_environment(data=str(path))
     assert str(path) in str(error.value)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(ConfigError, match="is not here. .* a CSV file with the header text,label"):
-        RunConfig.from_environment(data=str(tmp_path / "rows.csv"))
 
 
 def sizes_of(path: Path, **choices) -> tuple[int, int, int]:

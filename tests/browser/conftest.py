@@ -115,14 +115,13 @@ def ask(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     with serving_page(folder / "nothing", folder / "log.txt") as address:
 
-        def ask(**headers: str) -> tuple[int, str]:
-            names = {name.replace("_", "-"): value for name, value in headers.items()}
-            request = urllib.request.Request(address, headers=names)
+        def ask(headers: dict[str, str]) -> tuple[int, str]:
+            request = urllib.request.Request(address, headers=headers)
             try:
-                with urllib.request.urlopen(request, timeout=SECONDS) as answer:
-                    return answer.status, answer.read().decode()
+                answer = urllib.request.urlopen(request, timeout=SECONDS)
             except urllib.error.HTTPError as error:
-                return error.code, error.read().decode()
+                answer = error
+            return answer.status, answer.read().decode()
 
         yield ask
 
