@@ -61,12 +61,6 @@ def test_in_a_process_of_its_own_whose_reader_stops_early(tuned, classifier):
     assert empty == {"text": "", "label": None, "confidence": None, "probabilities": None}
 
 
-def test_headlines_as_arguments(tuned, classifier, capsys):
-    assert main(["classify", "--workspace", str(tuned.path), *TEXTS]) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows == [expected(classifier, text) for text in TEXTS]
-
-
 def test_lines_of_standard_input_one_for_one(piped, tuned, classifier):
     texts = [TEXTS[0], "", "  ", TEXTS[1] + "\u2028still\x0bthe same line"]
     texts += [f"{i % 9} goals" for i in range(1100)]  # more than are classified at once
@@ -78,10 +72,10 @@ def test_lines_of_standard_input_one_for_one(piped, tuned, classifier):
     assert piped(b"", "--workspace", str(tuned.path)) == (0, [], "")
 
 
-def test_an_adapter_alone(piped, tuned, classifier, tmp_path):
+def test_headlines_as_arguments_for_an_adapter_alone(piped, tuned, classifier, tmp_path):
     shutil.copytree(tuned / "adapter", tmp_path / "a")
-    code, rows, err = piped(TEXTS[0].encode(), "--adapter", str(tmp_path / "a"))
-    assert (code, rows, err) == (0, [expected(classifier, TEXTS[0])], "")
+    code, rows, err = piped(b"", *TEXTS, "--adapter", str(tmp_path / "a"))
+    assert (code, rows, err) == (0, [expected(classifier, text) for text in TEXTS], "")
 
 
 @pytest.mark.parametrize(

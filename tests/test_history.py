@@ -16,10 +16,6 @@ from qlora_helpers.history import Watch, losses, what_validation_says
             "Validation loss was lowest after epoch 2 (0.400) and is 0.450 after the last: later",
         ),
         (
-            (2.0, 0.5, 0.5),
-            "Validation loss was lowest after epoch 1 (0.500) and is 0.500 after the last: later",
-        ),
-        (
             (0.3, 0.5, 0.4),
             "Validation loss was 0.300 before training, and is not lower after any epoch (0.400",
         ),

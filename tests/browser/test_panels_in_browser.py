@@ -183,7 +183,6 @@ def test_with_the_keyboard_alone(page, expected, request):
             r"wins & <b>loses</b>",  # a reader's own text stays as it is
         ),
         ("&lt;script&gt;document.title = 'taken'&lt;/script&gt; 1 < 2", r"1 < 2"),
-        ("Die Zentralbank erhöht die Zinsen – 中央银行加息 – البنك المركزي", "中央银行加息"),
         ("Stocks " * 7200, r"\.\.\. \(50,399 characters\)"),
     ],
 )
@@ -217,16 +216,10 @@ def check_file(page, expected, rows: pd.DataFrame, path: Path, said: str) -> byt
     return data
 
 
-def test_a_file_up_and_its_labels_down(page, expected, tmp_path):
-    texts = [HEADLINE, "", "Oil, at last, falls", "<b>Rates</b> rise\\again"]
-    rows = pd.DataFrame({"id": ["7", "8", "9", "10"], "headline": texts})
-    check_file(page, expected, rows, tmp_path / "headlines.csv", "4 rows in .*1 without a text")
-
-
 def test_a_file_of_7600_rows_and_megabytes_can_be_downloaded(page, expected, tmp_path):
     """Most rows have no text, so that nobody waits for the model; their notes make it large."""
     texts = [HEADLINE if i % 400 == 0 else "" for i in range(7600)]
-    notes = [f"{i} " + "word " * 80 for i in range(7600)]
+    notes = [f"{i}, <b> \\a " + "word " * 80 for i in range(7600)]
     rows = pd.DataFrame({"text": texts, "note": notes})
     said = "7,600 rows in .*7,581 without a text"
     assert len(check_file(page, expected, rows, tmp_path / "many.csv", said)) > 3_000_000
