@@ -7,6 +7,7 @@ import os
 import time
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 
 from qlora_helpers.errors import WorkspaceError, reason
@@ -14,7 +15,13 @@ from qlora_helpers.run.checkpoints import Checkpoints
 from qlora_helpers.run.files import DAMAGE, read_file, remove, sha256, write_file, writing
 from qlora_helpers.run.manifest import digest_of, manifest_of, read_manifest, sealed, version_of
 
+_began = psutil.Process().create_time()  # of this process, then its last publication
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"]
+
+
+def seconds_since_publishing() -> float:
+    """Return the seconds since this process last published something, or else since it began."""
+    return time.time() - _began
 
 
 class Workspace:
@@ -80,6 +87,7 @@ class Workspace:
         Raises: OSError if a file is missing; WorkspaceError if the manifest cannot be written, or
             if one of `inputs` has run again since it was opened.
         """
+        global _began
         with self.hold(notebook):
             inputs = self.fingerprints(*inputs)
             paths = []
@@ -88,6 +96,7 @@ class Workspace:
             names = [p.relative_to(self.path).as_posix() for p in paths if not p.is_dir()]
             config = json.loads(json.dumps(config))
             facts |= {"notebook": notebook, "config": config, "inputs": inputs}
+            facts["seconds"] = round(seconds_since_publishing(), 1)
             manifest = manifest_of(self.path, names, **facts)
             identity = {name: manifest[name] for name in ("config", "files", "inputs")}
             manifest |= {"fingerprint": digest_of(identity), "replaces": []}
@@ -96,6 +105,7 @@ class Workspace:
                 manifest["replaces"] = old["replaces"] + ([] if same else [version_of(old)])
             manifest["versions"] = {name: importlib.metadata.version(name) for name in _PACKAGES}
             self.write(f"manifests/{notebook}.json", sealed(manifest))
+        _began = time.time()
         self._push()
         return manifest
 
