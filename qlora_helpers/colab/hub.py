@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects
 
+from qlora_helpers.colab.machine import on_kaggle
 from qlora_helpers.errors import QLoraError
 
 ANSWER_SECONDS = 8  # for the list of a repository's files
@@ -107,7 +108,8 @@ def explain(name: str, kind: str, error: Exception) -> str:
         return f"it holds no {files} that could be used here. Check the name."
     if getattr(error, "errno", None) == 28:
         return f"the disk of {constants.HF_HUB_CACHE} is full. Make room, or set HF_HOME."
+    check = "Switch on Settings > Internet" if on_kaggle() else "Check the connection"
     return (
         f"{constants.ENDPOINT} cannot be reached, or stopped answering ({type(error).__name__}). "
-        "Check the connection and try again: files that are complete are kept."
+        f"{check} and try again: files that are complete are kept."
     )
