@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,19 @@ from qlora_helpers.errors import ModelError
 from qlora_helpers.model import attach_lora, load_base_model
 
 
+def save(base_model: str, folder: Path) -> RunConfig:
+    """Write an adapter that fits the tiny `base_model`, and return the config."""
+    config = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": base_model})
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    save_adapter(attach_lora(load_base_model(config), lora, 0), config, folder)
+    return config
+
+
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory):
     """A base model without an adapter, its config, and the folder of one that fits."""
-    config = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": tiny})
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     folder = tmp_path_factory.mktemp("saved") / "adapter"
-    save_adapter(attach_lora(load_base_model(config), lora, 0), config, folder)
+    config = save(tiny, folder)
     return load_base_model(config), config, folder
 
 
@@ -86,6 +94,18 @@ def _a_pipe(folder):
     os.mkfifo(folder / "adapter_config.json")
 
 
+def _a_link(folder):
+    (folder / "README.md").symlink_to("/dev/zero")
+
+
+def _a_terabyte(folder):
+    os.truncate(folder / "adapter_model.safetensors", 2**40)
+
+
+def _numbers(value: float):
+    return _weights(lambda tensors, name: tensors[name][0].fill_(value))
+
+
 # Each change of an adapter's folder, and what the message says of it.
 PICKLE = pickle.dumps(Payload())
 REFUSED = {
@@ -97,11 +117,18 @@ REFUSED = {
     "code by its config": (_config(auto_map={"AutoModel": "a--own.Own"}), "its auto_map"),
     "a class to import": (_config(auto_mapping={"parent_library": "os"}), "its auto_mapping"),
     "trusting remote code": (_config(trust_remote_code=True), "its trust_remote_code"),
+    "a link to a device": (_a_link, "Not an ordinary file"),
+    "a terabyte": (_a_terabyte, "longer than 4 GiB"),
+    "a head that classifies": (_config(task_type="SEQ_CLS"), "its task_type"),
+    "a scale of words": (_config(use_rslora="no"), "its use_rslora"),
+    "not a number": (_numbers(float("nan")), "lora_A.weight holds NaN"),
+    "an infinite number": (_numbers(float("inf")), "lora_A.weight holds NaN, or an infinite"),
+    "a huge number": (_numbers(1e30), "lora_A.weight holds .* huge number"),
     "another base model": (_config(base_model_name_or_path="a/b"), "was made for 'a/b'"),
     "no base model": (_config(base_model_name_or_path=None), "was made for 'None'"),
     "another method": (_config(peft_type="IA3"), "is not of LoRA"),
     "a huge rank": (_config(r=10**9), "its r is '1000000000'"),
-    "another rank": (_config(r=8), r"not \[(8, \d+|\d+, 8)\] of floats"),
+    "another rank": (_config(r=8), r"not \[(8, \d+|\d+, 8)\]"),
     "a scale that is not a number": (_config(lora_alpha=float("nan")), "its lora_alpha is 'nan'"),
     "a dropout above 1": (_config(lora_dropout=1.5), "its lora_dropout is '1.5'"),
     "an expression for targets": (_config(target_modules="(a+)+$"), "its target_modules"),
@@ -118,18 +145,19 @@ REFUSED = {
     ),
     "a weight too wide": (
         _weights(lambda tensors, name: tensors.update({name: torch.zeros(4, 10_000)})),
-        r"is F32 \[4, 10000\], not",
+        r"is \[4, 10000\], not",
     ),
     "a weight of integers": (
         _weights(lambda tensors, name: tensors.update({name: tensors[name].int()})),
-        "is I32",
+        "is torch.int32, not of floats",
     ),
     "a shape of 4 PiB": (_a_header([2**25, 2**25], [0, 2**52]), ""),
     "a shape that overflows": (_a_header([2**62, 2**62], [0, 8]), ""),
     "a torn file": (_torn, ""),
-    "a config that is no JSON": (_file("adapter_config.json", b"{"), ""),
-    "a config nested without end": (_file("adapter_config.json", b"[" * 100_000), ""),
-    "a config of another kind": (_file("adapter_config.json", b"[1]"), "is not of LoRA"),
+    "a config that is no JSON": (_file("adapter_config.json", b"{"), "is not JSON"),
+    "a config nested without end": (_file("adapter_config.json", b"[" * 100_000), "is not JSON"),
+    "a number without end": (_file("adapter_config.json", b"9" * 5000), "is not JSON"),
+    "a config of another kind": (_file("adapter_config.json", b"[1]"), "is not a JSON object"),
     "a config of a gigabyte": (
         lambda folder: os.truncate(folder / "adapter_config.json", 2**30),
         "longer than a mebibyte",
@@ -165,6 +193,23 @@ def test_what_fits_is_loaded_with_the_files_that_04_adds(saved, folder):
     torch.testing.assert_close(weights, load_file(folder / "adapter_model.safetensors"))
     settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings["target_modules"] == sorted(settings["target_modules"])
+
+
+def test_the_folder_is_bit_for_bit_the_same_in_every_process(saved, tmp_path):
+    """The order of a set follows the process."""
+    code = """
+import sys, tests.test_adapter as own
+own.save(sys.argv[1], own.Path(sys.argv[2]))
+"""
+    _, config, folder = saved
+    root = Path(__file__).parents[1]
+    run = [sys.executable, "-c", code, config.base_model, tmp_path / "adapter"]
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    subprocess.run(run, env=environment, cwd=root, check=True)
+    names = ["adapter_config.json", "adapter_model.safetensors", "qlora_config.json"]
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "adapter" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_weights_that_were_not_saved_or_loaded_whole_are_named(
