@@ -1,6 +1,7 @@
 """Files of the hub, over real sockets: what is fetched, what is cached, and how it fails."""
 
 import json
+import traceback
 from pathlib import Path
 
 import pandas as pd
@@ -169,12 +170,35 @@ def test_a_hub_that_is_not_there(server, monkeypatch):
     assert refused("some/one") == why
 
 
+def unwritable(why: str) -> str:
+    cache = constants.HF_HUB_CACHE
+    return f"{cache} cannot be written ({why}). Make room there, or set HF_HOME to another folder."
+
+
 def test_a_full_disk(server, monkeypatch):
     server.repositories["some/one"] = {"model.safetensors": b"x"}
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(full))
-    cache = constants.HF_HUB_CACHE
-    assert refused("some/one") == f"the disk of {cache} is full. Make room, or set HF_HOME."
+    assert refused("some/one") == unwritable("No space left on device")
+
+
+def test_an_unwritable_cache(server, monkeypatch, tmp_path):
+    server.repositories["some/one"] = {"model.safetensors": b"x"}
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "a file" / "cache"))
+    assert refused("some/one") == unwritable("Not a directory")
+
+
+@pytest.mark.parametrize("status", [403, 503, 0])
+def test_a_password_for_the_hub_is_not_printed(server, monkeypatch, capfd, status):
+    monkeypatch.setattr(constants, "ENDPOINT", server.url.replace("//", "//me:secret@"))
+    server.status = status
+    if status == 0:
+        server.close()
+    with pytest.raises(ModelError) as raised:
+        fetch("some/one")
+    said = "".join([*traceback.format_exception(raised.value), *capfd.readouterr()])
+    assert "some/one cannot be loaded" in said and "secret" not in said
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "no such name"])
