@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from qlora_helpers.adapter import load_adapter, save_adapter
+from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.model import attach_lora, load_base_model
@@ -237,6 +238,13 @@ def test_weights_that_were_not_saved_or_loaded_whole_are_named(
     monkeypatch.setattr(PeftModel, "from_pretrained", load_other)
     with pytest.raises(ModelError, match="adapter was not loaded whole: base_model.* differs"):
         load_adapter(load_base_model(config), folder)
+
+
+def test_an_adapter_that_names_its_own_folder_as_base_model_is_refused(saved, folder):
+    _config(base_model_name_or_path=str(folder), modules_to_save=None)(folder)
+    shutil.copytree(saved[1].base_model, folder, dirs_exist_ok=True)
+    with pytest.raises(ModelError, match="cannot be loaded: it holds adapter_config.json"):
+        HeadlineClassifier.from_adapter(folder)
 
 
 def test_a_base_model_with_code_of_its_own_is_not_run(config, tmp_path):

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import importlib.util
+import json
+import os
 import re
 import shutil
 
@@ -210,11 +212,73 @@ def test_compute_dtype_gives_its_reason(monkeypatch, card, dtype, reason):
     assert compute_dtype()[0] == dtype and re.fullmatch(reason, compute_dtype()[1])
 
 
-def test_a_folder_without_weights_is_named(tiny, tmp_path):
-    shutil.copytree(tiny, tmp_path / "cut", ignore=shutil.ignore_patterns("*.safetensors"))
-    said = "the base model '.*/cut' cannot be loaded: .*Check what is in the folder"
-    with pytest.raises(ModelError, match=said):
-        load_base_model(dataclasses.replace(CONFIG, base_model=str(tmp_path / "cut")))
+def _settings(**changes):
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def _instead(name: str, make):
+    def change(folder):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return change
+
+
+def _a_terabyte(path):
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+# Each change of a base model's folder, and what the message says of it.
+ODD = {
+    "no weights": (_instead("model.safetensors", lambda path: None), "no file named model.safe"),
+    "no settings": (_instead("config.json", lambda path: None), "it holds no config.json"),
+    "a list": (_instead("config.json", lambda path: path.write_text("[]")), "not a JSON object"),
+    "a pipe": (_instead("config.json", os.mkfifo), "config.json is not an ordinary file"),
+    "a device": (
+        _instead("model.safetensors", lambda path: path.symlink_to("/dev/zero")),
+        "model.safetensors is not an ordinary file",
+    ),
+    "a terabyte of settings": (_instead("tokenizer.json", _a_terabyte), "longer than 256 MiB"),
+    "a terabyte of weights": (_instead("model.safetensors", _a_terabyte), "deserializing header"),
+    "an adapter": (
+        _instead("adapter_config.json", lambda path: path.write_text("{}")),
+        "it holds adapter_config.json, and so is an adapter",
+    ),
+    "gptq": (
+        _settings(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "its weights are quantised by gptq; only",
+    ),
+    "awq": (
+        _settings(quantization_config={"quant_method": "awq"}),
+        "its weights are quantised by awq; only",
+    ),
+    "8 bits": (_settings(quantization_config={"load_in_8bit": True}), "by bitsandbytes; only"),
+    "layers": (_settings(num_hidden_layers=10**9), "num_hidden_layers is 1000000000, above 256"),
+    "layers in words": (_settings(num_hidden_layers="two"), ""),
+    "another size": (_settings(hidden_size=128), ""),
+    "no such family": (_settings(model_type="own"), ""),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_folder_is_named(tiny, tmp_path, kind):
+    change, said = ODD[kind]
+    change(shutil.copytree(tiny, tmp_path / "odd"))
+    message = f"^the base model '.*/odd' cannot be loaded: .*{said}.*Check what is in the folder"
+    with pytest.raises(ModelError, match=message):
+        load_base_model(dataclasses.replace(CONFIG, base_model=str(tmp_path / "odd")))
+
+
+def test_an_unwritable_cache_of_the_embedded_model_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="cannot be written .Not a directory.* XDG_CACHE_HOME"):
+        embedded_checkpoint()
 
 
 def test_each_version_of_transformers_has_its_own_embedded_checkpoint(monkeypatch, tmp_path):

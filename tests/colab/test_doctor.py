@@ -1,6 +1,7 @@
 """The doctor: on this machine, and on simulated ones."""
 
 import dataclasses
+import json
 import re
 import shutil
 import sys
@@ -211,6 +212,21 @@ def test_a_model_without_safetensors_stops(t4, server, workspace):
     del server.repositories[MISTRAL]["consolidated.safetensors"]
     found = by_area(T4, workspace)["base model"]
     assert found.verdict == "stop" and "it holds no weights as safetensors" in found.found
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"num_hidden_layers": 100_000}, "its num_hidden_layers is 100000, above 256"),
+        ({"quantization_config": {"quant_method": "awq"}}, "its weights are quantised by awq"),
+        ({"sliding_window": 64}, "reaches back 64 tokens"),
+    ],
+)
+def test_a_model_that_could_not_be_loaded_stops(t4, server, workspace, settings, said):
+    odd = MistralConfig().to_dict() | settings
+    server.repositories[MISTRAL]["config.json"] = json.dumps(odd).encode()
+    found = by_area(T4, workspace)
+    assert verdicts(found) == {"base model": "stop"} and said in found["base model"].found
 
 
 @pytest.mark.parametrize("token", ["", "hf_accepted"])

@@ -9,7 +9,7 @@ import pytest
 from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
 
-from qlora_helpers import HeadlineClassifier
+from qlora_helpers import HeadlineClassifier, model
 from qlora_helpers.colab import hub
 from qlora_helpers.config import AG_NEWS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
@@ -82,11 +82,13 @@ def test_what_loading_reads_is_fetched_once_and_no_network_is_then_needed(
             split: {"raw": [f"{split} one", f"{split} two"], "label": [2, 0]}
             for split in ("train", "test")
         }
+        model._fetched.clear()
         assert len(load_tokenizer(CONFIG)) == 49152
-        model = load_base_model(CONFIG)
-        assert (model.name_or_path, model.config._commit_hash) == (MODEL, COMMIT)
+        loaded = load_base_model(CONFIG)
+        assert (loaded.name_or_path, loaded.config._commit_hash) == (MODEL, COMMIT)
 
     check()
+    assert server.requests.count(f"GET api/models/{MODEL}") == 1
     assert fetched(server) == set(checkpoint) | set(news) - {"README.md"}
     for server.status in (200, 503, 429):
         server.requests.clear()
