@@ -95,14 +95,6 @@ def _a_pipe(folder):
     os.mkfifo(folder / "adapter_config.json")
 
 
-def _a_link(folder):
-    (folder / "README.md").symlink_to("/dev/zero")
-
-
-def _a_terabyte(folder):
-    os.truncate(folder / "adapter_model.safetensors", 2**40)
-
-
 def _numbers(value: float):
     return _weights(lambda tensors, name: tensors[name][0].fill_(value))
 
@@ -110,7 +102,6 @@ def _numbers(value: float):
 # Each change of an adapter's folder, and what the message says of it.
 PICKLE = pickle.dumps(Payload())
 REFUSED = {
-    "weights as a pickle": (_file("adapter_model.bin", PICKLE), "holds adapter_model.bin"),
     "a pickle beside": (_file("training_args.bin", PICKLE), "holds training_args.bin"),
     "an index": (_file("adapter_model.safetensors.index.json", b"{}"), "holds .*index.json"),
     "code of its own": (_file("own.py", b"import os; os.mkdir('ran')"), "holds own.py"),
@@ -118,8 +109,14 @@ REFUSED = {
     "code by its config": (_config(auto_map={"AutoModel": "a--own.Own"}), "its auto_map"),
     "a class to import": (_config(auto_mapping={"parent_library": "os"}), "its auto_mapping"),
     "trusting remote code": (_config(trust_remote_code=True), "its trust_remote_code"),
-    "a link to a device": (_a_link, "Not an ordinary file"),
-    "a terabyte": (_a_terabyte, "longer than 4 GiB"),
+    "a link to a device": (
+        lambda folder: (folder / "README.md").symlink_to("/dev/zero"),
+        "Not an ordinary file",
+    ),
+    "a terabyte": (
+        lambda folder: os.truncate(folder / "adapter_model.safetensors", 2**40),
+        "longer than 4 GiB",
+    ),
     "a head that classifies": (_config(task_type="SEQ_CLS"), "its task_type"),
     "a scale of words": (_config(use_rslora="no"), "its use_rslora"),
     "not a number": (_numbers(float("nan")), "lora_A.weight holds NaN"),
@@ -180,20 +177,6 @@ def test_what_is_not_plain_lora_of_this_base_model_is_refused(saved, folder, mon
         load_adapter(base, folder)
     assert not (folder.parent / "ran").exists()
     assert {name: id(module) for name, module in base.named_modules()} == before
-
-
-def test_what_fits_is_loaded_with_the_files_that_04_adds(saved, folder):
-    (folder / "README.md").write_text("a card")
-    (folder / "calibration.json").write_text("{}")
-    loaded = load_adapter(load_base_model(saved[1]), str(folder))
-    weights = {
-        name.replace(".default", ""): parameter
-        for name, parameter in loaded.named_parameters()
-        if "lora_" in name
-    }
-    torch.testing.assert_close(weights, load_file(folder / "adapter_model.safetensors"))
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings["target_modules"] == sorted(settings["target_modules"])
 
 
 def test_the_folder_is_bit_for_bit_the_same_in_every_process(saved, tmp_path):

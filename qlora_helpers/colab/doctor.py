@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from pandas.io.formats.style import Styler
 
 from qlora_helpers.colab.drive import without_drive
-from qlora_helpers.colab.estimates import ModelSize, minutes, model_size
+from qlora_helpers.colab.estimates import minutes, model_gib
 from qlora_helpers.colab.hub_token import use_token
 from qlora_helpers.colab.machine import on_colab, on_kaggle
 from qlora_helpers.colab.reach import reach
@@ -53,14 +53,14 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
     """
     token = use_token(config, again=True)
     model, data = reach(config)
-    size = model_size(model.config) if model.config else None
+    gib = model_gib(model.config) if model.config else None
     # the adapter and three checkpoints, of the embedded model or of one of 7B parameters
     written = (130 if config.base_model == EMBEDDED_MODEL else 1100) * 10**6 * config.lora_r // 8
     token_found = f"from {token.source}" if token.source else token.note or "none"
     data_name = os.path.basename(config.data) if os.path.exists(config.data) else config.data
     return [
         _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))),
-        *_memory(size),
+        *_memory(gib),
         Finding("versions", *check_versions()),
         _finding("hub token", token_found, not token.warning, token.remedy, "warning"),
         Finding("base model", f"{config.base_model}: {model.found}", model.verdict, model.remedy),
@@ -109,13 +109,13 @@ def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
     return _finding("GPU", f"none: {runs} on {os.cpu_count()} CPU cores", ok, remedy)
 
 
-def _memory(size: ModelSize | None) -> list[Finding]:
+def _memory(model_gib: float | None) -> list[Finding]:
     findings = []
     if torch.cuda.is_available():
         gib = free_gpu_bytes() / 2**30
-        takes = f"; the model takes {size.gib:.2f} GiB in 4 bits" if size else ""
+        takes = f"; the model takes {model_gib:.2f} GiB in 4 bits" if model_gib else ""
         # training takes 1.1 GiB more for a single row, and a tenth is left free
-        needed = (size.gib + 1.1) / 0.9 if size else 0
+        needed = (model_gib + 1.1) / 0.9 if model_gib else 0
         remedy = (
             f"{needed:.1f} GiB are needed: Runtime > Restart session frees what an earlier run "
             "holds; else choose a larger GPU or a smaller model."

@@ -33,15 +33,8 @@ def fetch(
 
     They are those of the newest commit, or the cached ones if the hub does not give the newest. The
     hub has 8 seconds to answer. A download ends after five retries without a byte, each of 10
-    seconds (HF_HUB_DOWNLOAD_TIMEOUT).
-
-    Args:
-        kind: "model" or "dataset".
-        patterns: of file names, in the notation of fnmatch.
-        error: the exception to raise.
-        otherwise: the last sentence of its message: what to do instead.
-    Raises:
-        error: the files can be had neither from the hub nor from the cache.
+    seconds (HF_HUB_DOWNLOAD_TIMEOUT). `kind` is "model" or "dataset". Raises `error` if the files
+    can be had neither way; its message ends with `otherwise`, which says what to do instead.
     """
     # Xet is reported to freeze on Colab (huggingface_hub#4085); plain HTTP has a time-out
     constants.HF_HUB_DISABLE_XET = True
@@ -123,16 +116,12 @@ def explain(name: str, kind: str, error: Exception) -> str:
             "and set HF_TOKEN to a read token of the account that did."
         )
     if status == 401:
-        return (
-            f"with {token} the hub answers 401. Check the name; a private {kind} needs a token "
-            "(HF_TOKEN). Replace or remove a token that has expired."
-        )
+        why = f"with {token} the hub answers 401. Check the name; a private {kind} needs a token"
+        return f"{why} (HF_TOKEN). Replace or remove a token that has expired."
     if status == 404:
         return f"there is no such {kind} (404). Check the name."
     if status == 429:
-        return (
-            "too many requests came from this address (429). Wait a few minutes, or set HF_TOKEN."
-        )
+        return "this address asked too often (429). Wait a few minutes, or set HF_TOKEN."
     if status >= 500:
         return f"the hub itself is out of order ({status}). Wait a few minutes and try again."
     if isinstance(error, OfflineModeIsEnabled):

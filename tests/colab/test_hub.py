@@ -106,7 +106,7 @@ def test_what_loading_reads_is_fetched_once_and_no_network_is_then_needed(
         (401, "model", "with no token the hub answers 401. Check the name; a private model needs"),
         (403, "model", "it has conditions, and with no token the hub answers 403. Accept them at"),
         (404, "dataset", "there is no such dataset (404). Check the name."),
-        (429, "model", "too many requests came from this address (429). Wait a few minutes"),
+        (429, "model", "this address asked too often (429). Wait a few minutes, or set HF_TOKEN."),
         (500, "model", "the hub itself is out of order (500). Wait a few minutes and try again."),
         (503, "dataset", "the hub itself is out of order (503). Wait a few minutes"),
     ],
