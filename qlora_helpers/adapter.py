@@ -53,13 +53,16 @@ def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Return `model`, from `load_base_model`, with the adapter in `folder`, ready to score.
 
-    Raises ModelError, before anything of it is loaded, if `check_adapter` does or if the weights do
-    not fit the model's layers.
+    Raises ModelError, before anything of it is loaded, if `read_adapter` does or if it was made for
+    another base model or other layers.
     """
     folder = Path(folder)
-    settings = check_adapter(folder, model.name_or_path)
+    config, _, lora = read_adapter(folder)
     with refusing(folder):
-        _check_shapes(model, settings, folder / WEIGHTS)
+        base, own = config.base_model, model.name_or_path
+        if base != own:
+            raise ValueError(f"it was made for {base[:200]!r}, and not for {own!r}")
+        _check_shapes(model, lora, folder / WEIGHTS)
     loaded = fused(PeftModel.from_pretrained, model, folder).eval()
     _check_same(loaded, folder, "loaded")
     return loaded
@@ -93,56 +96,52 @@ def find_adapter(source: str | os.PathLike) -> Path:
     return fetch(name, "model", files, ModelError, otherwise)
 
 
-def read_settings(folder: Path) -> tuple[RunConfig, float]:
-    """Return what an adapter's files say: a config with its base model, labels and max_length, and
-    the temperature that 04 saved, else 1.
+def read_adapter(folder: Path) -> tuple[RunConfig, float, dict]:
+    """Return what the files of an adapter say: a config with its base model, labels and max_length,
+    the temperature that 04 saved, else 1, and the settings of LoRA.
 
-    The config's other fields are the profile's defaults. Raises ModelError if a file is missing or
-    damaged, or if the adapter was trained with another prompt.
+    The config's other fields are the profile's defaults. Raises ModelError unless the files are
+    whole, of plain LoRA, for the prompt of this version, with weights that are ordinary numbers. No
+    path that the folder names is followed.
     """
     profile = default_profile()
-    with refusing(folder):
-        saved, temperature = _read_json(folder / SETTINGS), 1.0
-        if (prompt := saved["prompt"]) != TEMPLATE:
-            raise ValueError(
-                f"it was trained with the prompt {str(prompt)[:200]!r}, and this version of "
-                f"qlora_helpers asks {TEMPLATE!r}"
-            )
-        if os.path.lexists(folder / CALIBRATION):
-            temperature = _read_json(folder / CALIBRATION)["temperature"]
-            if not _within(temperature, 0.01, 100):
-                raise ValueError(
-                    f"{CALIBRATION} says temperature {str(temperature)[:80]}, not a number from "
-                    "0.01 to 100, as notebooks/04_evaluation.ipynb writes it"
-                )
-        if not isinstance(saved["labels"], list):
-            raise ValueError(f"{SETTINGS} says labels {str(saved['labels'])[:80]!r}, not a list")
-        own = {"labels": tuple(saved["labels"]), "max_length": saved["max_length"]}
-        own["base_model"] = _read_json(folder / LORA)["base_model_name_or_path"]
-        return RunConfig(profile=profile, **PROFILES[profile] | own), float(temperature)
-
-
-def check_adapter(folder: Path, base_model: str) -> dict:
-    """Return the settings of LoRA in `folder`, with plain LoRA's for those that are not there.
-
-    Raises ModelError unless its files are plain LoRA, made for `base_model`, with weights that are
-    ordinary numbers. No path that the folder names is followed.
-    """
     with refusing(folder):
         for path in sorted(folder.iterdir()):
             if path.suffix in _CODE or path.name.endswith(".index.json") or path.is_dir():
                 raise ValueError(f"it holds {path.name}, where only {LORA} and {WEIGHTS} are read")
             if ordinary(path) > _MOST_BYTES:
                 raise ValueError(f"{path.name} is longer than {_MOST_BYTES / 2**30:.0f} GiB")
-        settings = _check_settings(_read_json(folder / LORA), base_model)
-        with safe_open(folder / WEIGHTS, "pt") as tensors:
-            for name in sorted(tensors.keys()):
-                weight = tensors.get_tensor(name)
-                if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-                    raise ValueError(f"{name[:200]} is {weight.dtype}, not of floats")
-                if not weight.float().norm() <= _LARGEST:
-                    raise ValueError(f"{name[:200]} holds NaN, or an infinite or huge number")
-        return settings
+        saved, lora = _read_json(folder / SETTINGS), _read_lora(folder / LORA)
+        if (prompt := saved["prompt"]) != TEMPLATE:
+            raise ValueError(
+                f"it was trained with the prompt {str(prompt)[:200]!r}, and this version of "
+                f"qlora_helpers asks {TEMPLATE!r}"
+            )
+        if not isinstance(saved["labels"], list):
+            raise ValueError(f"{SETTINGS} says labels {str(saved['labels'])[:80]!r}, not a list")
+        own = {"labels": tuple(saved["labels"]), "max_length": saved["max_length"]}
+        own["base_model"] = lora["base_model_name_or_path"]
+        config = RunConfig(profile=profile, **PROFILES[profile] | own)
+        temperature = 1.0
+        if (folder / CALIBRATION).exists():
+            temperature = _read_json(folder / CALIBRATION)["temperature"]
+        if not _within(temperature, 0.01, 100):
+            raise ValueError(
+                f"{CALIBRATION} says temperature {str(temperature)[:80]}, not a number from 0.01 "
+                "to 100, as notebooks/04_evaluation.ipynb writes it"
+            )
+        _check_numbers(folder / WEIGHTS)
+        return config, float(temperature), lora
+
+
+def _check_numbers(weights: Path) -> None:
+    with safe_open(weights, "pt") as tensors:
+        for name in sorted(tensors.keys()):
+            weight = tensors.get_tensor(name)
+            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f"{name[:200]} is {weight.dtype}, not of floats")
+            if not weight.float().norm() <= _LARGEST:
+                raise ValueError(f"{name[:200]} holds NaN, or an infinite or huge number")
 
 
 @contextlib.contextmanager
@@ -177,15 +176,13 @@ def _read_json(path: Path) -> dict:
     return content
 
 
-def _check_settings(settings: dict, base_model: str) -> dict:
+def _read_lora(path: Path) -> dict:
+    """Return the settings in a file, with plain LoRA's for those that are not there."""
     plain = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
-    settings = plain | settings
+    settings = plain | _read_json(path)
     if settings["peft_type"] != "LORA":
         raise ValueError(f"{LORA} is not of LoRA")
-    base, rank = settings["base_model_name_or_path"], settings["r"]
-    targets = settings["target_modules"]
-    if base != base_model:
-        raise ValueError(f"it was made for {str(base)[:200]!r}, and not for {base_model!r}")
+    rank, targets = settings["r"], settings["target_modules"]
     right = {
         "r": type(rank) is int and 1 <= rank <= 1024,
         "lora_alpha": _within(settings["lora_alpha"], 0, 1e6),

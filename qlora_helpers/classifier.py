@@ -12,13 +12,7 @@ import pandas as pd
 from peft import PeftModel
 from tqdm import tqdm
 
-from qlora_helpers.adapter import (
-    CALIBRATION,
-    check_adapter,
-    find_adapter,
-    load_adapter,
-    read_settings,
-)
+from qlora_helpers.adapter import CALIBRATION, find_adapter, load_adapter, read_adapter
 from qlora_helpers.config import RunConfig, workspace_folder
 from qlora_helpers.errors import DataError, ModelError
 from qlora_helpers.model import load_base_model, load_tokenizer
@@ -55,7 +49,7 @@ class HeadlineClassifier:
         config = RunConfig.from_json(workspace.open("03_qlora_training"))
         config.check_environment()
         workspace.find_json("04_evaluation", f"adapter/{CALIBRATION}")  # one that 04 wrote
-        _, temperature = read_settings(workspace / "adapter")
+        _, temperature, _ = read_adapter(workspace / "adapter")
         return cls._load(workspace / "adapter", config, temperature)
 
     @classmethod
@@ -65,11 +59,11 @@ class HeadlineClassifier:
         Raises ModelError if it cannot be used.
         """
         folder = find_adapter(source)
-        return cls._load(folder, *read_settings(folder))
+        config, temperature, _ = read_adapter(folder)  # before gigabytes are fetched
+        return cls._load(folder, config, temperature)
 
     @classmethod
     def _load(cls, folder: Path, config: RunConfig, temperature: float) -> "HeadlineClassifier":
-        check_adapter(folder, config.base_model)  # before gigabytes are fetched
         tokenizer = load_tokenizer(config)
         return cls(load_adapter(load_base_model(config), folder), tokenizer, config, temperature)
 

@@ -21,8 +21,7 @@ from qlora_helpers.adapter import (
     LORA,
     SETTINGS,
     WEIGHTS,
-    check_adapter,
-    read_settings,
+    read_adapter,
     read_small,
     refusing,
 )
@@ -40,8 +39,7 @@ def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:
     """
     workspace.open("03_qlora_training")
     folder, packed = workspace / "adapter", io.BytesIO()
-    config, _ = read_settings(folder)
-    check_adapter(folder, config.base_model)
+    read_adapter(folder)
     with refusing(folder), zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
         for name in (SETTINGS, LORA, WEIGHTS, CALIBRATION, "README.md"):
             if (folder / name).is_symlink():

@@ -47,11 +47,9 @@ def compute_dtype() -> tuple[torch.dtype, str]:
     """Return the dtype of matrix products on this machine, and the reason in words."""
     if not torch.cuda.is_available():
         # A CPU that has bfloat16 is 1.6 times as fast with it, but its rounding moves a probability
-        # by up to 0.04 with the batch around a row.
-        return (
-            torch.float32,
-            "on a CPU: in bfloat16 a row's probabilities would depend on its batch",
-        )
+        # by up to 0.04.
+        why = "on a CPU: in bfloat16 a row's probabilities would depend on its batch"
+        return torch.float32, why
     major, minor = torch.cuda.get_device_capability()
     card = f"{torch.cuda.get_device_name()} (capability {major}.{minor})"
     # torch.cuda.is_bf16_supported() says True on a T4, where bfloat16 is emulated and slow.

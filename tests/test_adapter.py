@@ -123,7 +123,7 @@ REFUSED = {
     "an infinite number": (_numbers(float("inf")), "lora_A.weight holds NaN, or an infinite"),
     "a huge number": (_numbers(1e30), "lora_A.weight holds .* huge number"),
     "another base model": (_config(base_model_name_or_path="a/b"), "was made for 'a/b'"),
-    "no base model": (_config(base_model_name_or_path=None), "was made for 'None'"),
+    "no base model": (_config(base_model_name_or_path=None), "base_model is None: it must be text"),
     "another method": (_config(peft_type="IA3"), "is not of LoRA"),
     "a huge rank": (_config(r=10**9), "its r is '1000000000'"),
     "another rank": (_config(r=8), r"not \[(8, \d+|\d+, 8)\]"),

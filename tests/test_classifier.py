@@ -196,7 +196,7 @@ def test_other_labels_go_with_the_adapter(folder):
         ("qlora_config.json", settings(max_length="64"), "max_length is '64'"),
         ("qlora_config.json", settings(prompt="{text}?"), "trained with the prompt"),
         ("adapter_config.json", None, "adapter_config.json cannot be read"),
-        ("adapter_config.json", "{}", "it does not say 'base_model_name_or_path'"),
+        ("adapter_config.json", "{}", "its target_modules is 'None'"),
         ("adapter_model.safetensors", None, "No such file"),
         ("adapter_model.safetensors", "not weights", "deserializing header"),
         ("calibration.json", '{"temperature": 0}', "temperature 0, not a number from 0.01"),

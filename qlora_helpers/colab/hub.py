@@ -68,8 +68,8 @@ def check_checkpoint(folder: Path) -> None:
         raise ValueError("its config.json is not a JSON object")
     for part in (settings, settings.get("text_config") or {}):
         for name in ("num_hidden_layers", "num_layers", "n_layer", "n_layers"):
-            if (part.get(name) or 1) > MOST_LAYERS:
-                raise ValueError(f"its {name} is {part[name]}, above {MOST_LAYERS}")
+            if (part.get(name) or 1) not in range(1, MOST_LAYERS + 1):
+                raise ValueError(f"its {name} is {part[name]!r}: it must be 1 to {MOST_LAYERS}")
     quantised = settings.get("quantization_config") or {"load_in_4bit": True}
     method = quantised.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes" or not quantised.get("load_in_4bit"):
