@@ -106,12 +106,12 @@ def read_adapter(folder: Path) -> tuple[RunConfig, float, dict]:
     """
     profile = default_profile()
     with refusing(folder):
+        saved, lora = _read_json(folder / SETTINGS), _read_lora(folder / LORA)
         for path in sorted(folder.iterdir()):
             if path.suffix in _CODE or path.name.endswith(".index.json") or path.is_dir():
                 raise ValueError(f"it holds {path.name}, where only {LORA} and {WEIGHTS} are read")
             if ordinary(path) > _MOST_BYTES:
                 raise ValueError(f"{path.name} is longer than {_MOST_BYTES / 2**30:.0f} GiB")
-        saved, lora = _read_json(folder / SETTINGS), _read_lora(folder / LORA)
         if (prompt := saved["prompt"]) != TEMPLATE:
             raise ValueError(
                 f"it was trained with the prompt {str(prompt)[:200]!r}, and this version of "
@@ -167,10 +167,10 @@ def read_small(path: Path) -> bytes:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(read_small(path))
-    except OSError as error:
-        raise OSError(f"{path.name} cannot be read ({reason(error)})") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON ({reason(error)})") from error
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} cannot be read ({reason(error)})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} is not a JSON object")
     return content

@@ -152,16 +152,22 @@ REFUSED = {
     "a shape of 4 PiB": (_a_header([2**25, 2**25], [0, 2**52]), ""),
     "a shape that overflows": (_a_header([2**62, 2**62], [0, 8]), ""),
     "a torn file": (_torn, ""),
-    "a config that is no JSON": (_file("adapter_config.json", b"{"), "is not JSON"),
-    "a config nested without end": (_file("adapter_config.json", b"[" * 100_000), "is not JSON"),
-    "a number without end": (_file("adapter_config.json", b"9" * 5000), "is not JSON"),
+    "a config that is no JSON": (_file("adapter_config.json", b"{"), "config.json cannot be read"),
+    "a config nested without end": (
+        _file("adapter_config.json", b"[" * 100_000),
+        "config.json cannot be read",
+    ),
+    "a number without end": (
+        _file("adapter_config.json", b"9" * 5000),
+        "config.json cannot be read",
+    ),
     "a config of another kind": (_file("adapter_config.json", b"[1]"), "is not a JSON object"),
     "a config of a gigabyte": (
         lambda folder: os.truncate(folder / "adapter_config.json", 2**30),
         "longer than a mebibyte",
     ),
     "a pipe for a config": (_a_pipe, "Not an ordinary file"),
-    "nothing": (lambda folder: shutil.rmtree(folder), "No such file"),
+    "nothing": (lambda folder: shutil.rmtree(folder), "qlora_config.json is missing"),
 }
 
 

@@ -187,15 +187,15 @@ def test_other_labels_go_with_the_adapter(folder):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("qlora_config.json", None, "qlora_config.json cannot be read .No such file"),
-        ("qlora_config.json", "{", "qlora_config.json is not JSON"),
+        ("qlora_config.json", None, "qlora_config.json is missing"),
+        ("qlora_config.json", "{", "qlora_config.json cannot be read"),
         ("qlora_config.json", "[]", "qlora_config.json is not a JSON object"),
         ("qlora_config.json", "{}", "it does not say 'prompt'"),
         ("qlora_config.json", settings(labels="yes"), "says labels 'yes', not a list"),
         ("qlora_config.json", settings(labels=["a"]), "labels are"),
         ("qlora_config.json", settings(max_length="64"), "max_length is '64'"),
         ("qlora_config.json", settings(prompt="{text}?"), "trained with the prompt"),
-        ("adapter_config.json", None, "adapter_config.json cannot be read"),
+        ("adapter_config.json", None, "adapter_config.json is missing"),
         ("adapter_config.json", "{}", "its target_modules is 'None'"),
         ("adapter_model.safetensors", None, "No such file"),
         ("adapter_model.safetensors", "not weights", "deserializing header"),
