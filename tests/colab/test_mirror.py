@@ -404,7 +404,7 @@ def test_a_checkpoint_of_another_training_is_replaced(tmp_path):
     run, root = mirror.Mirror(tmp_path, "cpu"), tmp_path / "checkpoint"
     for step, content in [(1, "one"), (2, "two"), (3, "three"), (3, "three, other settings")]:
         write_text(root / "state", content)
-        manifest = manifest_of(root, ["state"], step=step)
+        manifest = manifest_of(root, ["state"], step=step, identity={}, facts={})
         run.push("checkpoint", f"checkpoint-{step}", root, manifest)
         assert run.done(LONG)
     archives = {

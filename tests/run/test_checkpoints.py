@@ -49,11 +49,11 @@ def test_a_checkpoint_with_a_file_that_its_manifest_does_not_name_is_skipped(tmp
     identity = {"settings": {"seed": 1}, "data": "rows"}
     assert checkpoints.newest(identity) is None
     for step in (1, 2, 10, 11):
-        assert checkpoints.write(step, lambda folder: (folder / "state").touch(), facts=step)
+        assert checkpoints.write(step, lambda folder: (folder / "state").touch(), facts={})
     assert _names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
     (tmp_path / "checkpoint-11" / "scaler.pt").touch()
     path, manifest = checkpoints.newest(identity)
-    assert (path.name, manifest["facts"]) == ("checkpoint-10", 10)
+    assert (path.name, manifest["step"]) == ("checkpoint-10", 10)
     assert "11 is not complete (its manifest does not name scaler.pt)" in capsys.readouterr().out
 
 
