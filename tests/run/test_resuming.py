@@ -181,6 +181,36 @@ def test_only_safetensors_json_and_plain_state_are_read(stopped, prepared, works
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_state_that_was_sealed_again_is_named(stopped, prepared, workspace, file):
+    stopped(3)
+    folder = workspace / "checkpoints" / "checkpoint-3"
+    torch.save({"odd": 1}, folder / file)
+    manifest = read_manifest(folder / "manifest.json")
+    manifest["files"][file] = sha256(folder / file)
+    (folder / "manifest.json").write_text(sealed(manifest))
+    refused = "checkpoint-3 does not hold the state of this training .* Delete it"
+    with pytest.raises(WorkspaceError, match=refused):
+        stages.fit(*prepared())
+
+
+def test_a_trainer_that_was_stopped_can_fit_again(prepared, workspace, uninterrupted):
+    run, trainer = prepared()
+    loss = trainer.compute_loss
+
+    def stop(*args, **kwargs):
+        trainer.compute_loss = loss
+        os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args, **kwargs)
+
+    trainer.compute_loss = stop
+    with pytest.raises(TrainingStopped):
+        stages.fit(run, trainer)
+    stages.fit(run, trainer)
+    stages.evaluate()
+    assert stages.result(workspace) == uninterrupted
+
+
 @pytest.mark.parametrize(("at", "said"), [(3, "the loss is nan at step 4"), (6, "validation loss")])
 def test_weights_that_are_not_numbers_are_never_kept(prepared, workspace, at, said):
     run, trainer = prepared(checkpoint_steps=1)
