@@ -1,6 +1,7 @@
 """The folder of a run, and the manifests by which one notebook trusts the work of another."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -34,6 +35,7 @@ class Workspace:
         self.path, self.mirror = Path(path), mirror
         self.opened = {}  # the fingerprints of what `open` required
         self._replaced = {}  # the manifests that `set_aside` moved
+        self._written = {}  # the SHA-256 of what `write` wrote, by name
         self._lock = FileLock(self / ".lock", timeout=0)
 
     def __truediv__(self, name: str) -> Path:
@@ -51,7 +53,8 @@ class Workspace:
         note = self / ".lock.txt"
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            if not (self / ".lock").is_file():
+            self._refuse_links()
+            if (self / ".lock").is_symlink() or not (self / ".lock").is_file():
                 remove(self / ".lock")
             try:
                 held = self._lock.acquire()
@@ -62,16 +65,38 @@ class Workspace:
                     "Wait for it, or stop it; then run this notebook again."
                 ) from None
         with held:
+            number = self._lock_number()
             if self._lock.lock_counter == 1:
                 since = time.strftime("%H:%M:%S UTC", time.gmtime())
                 with contextlib.suppress(OSError):  # the note is not worth an error
+                    remove(note)
                     note.write_text(f"{purpose}, process {os.getpid()}, since {since}", "utf-8")
             yield
+            if self._lock_number() != number:
+                print(
+                    f"{self / '.lock'} was deleted while {purpose} wrote here. If another notebook "
+                    "wrote meanwhile, run this one again from its start."
+                )
+
+    def _refuse_links(self) -> None:
+        for path in [*self.path.glob("*"), *self.path.glob("earlier/*")]:
+            if path.is_symlink() and path.is_dir():
+                raise WorkspaceError(
+                    f"{path} is a link to another folder, where a run does not write. Delete it; "
+                    "then run this notebook again."
+                )
+
+    def _lock_number(self) -> int | None:
+        """Return the number of the file that is locked; None if it was deleted."""
+        path = self / ".lock"
+        return path.lstat().st_ino if os.path.lexists(path) else None
 
     def write(self, name: str, data: bytes | str) -> None:
         """Write the file `name` whole or not at all. Raises WorkspaceError."""
+        data = data.encode() if isinstance(data, str) else data
         with self.hold(name):
-            write_file(self / name, data.encode() if isinstance(data, str) else data)
+            write_file(self / name, data)
+        self._written[name] = hashlib.sha256(data).hexdigest()
 
     def publish(
         self, notebook: str, config: dict, files: list[str], inputs: tuple[str, ...] = (), **facts
@@ -84,8 +109,8 @@ class Workspace:
             files: files or folders inside the workspace.
             inputs: the notebooks whose files it read.
             facts: more for the manifest, which is returned.
-        Raises: OSError if a file is missing; WorkspaceError if the manifest cannot be written, or
-            if one of `inputs` has run again since it was opened.
+        Raises: WorkspaceError if a file is missing or another notebook has written it, if the
+            manifest cannot be written, or if one of `inputs` has run again since it was opened.
         """
         global _began
         with self.hold(notebook):
@@ -97,7 +122,19 @@ class Workspace:
             config = json.loads(json.dumps(config))
             facts |= {"notebook": notebook, "config": config, "inputs": inputs}
             facts["seconds"] = round(seconds_since_publishing(), 1)
-            manifest = manifest_of(self.path, names, **facts)
+            try:
+                manifest = manifest_of(self.path, names, **facts)
+            except OSError as error:
+                raise WorkspaceError(
+                    f"{error.filename} cannot be published ({reason(error)}). Run this notebook "
+                    "again from its start."
+                ) from error
+            for name, digest in manifest["files"].items():
+                if self._written.get(name, digest) != digest:
+                    raise WorkspaceError(
+                        f"{self / name} is not what this notebook wrote: another one has written "
+                        "there since. Run this notebook again from its start."
+                    )
             identity = {name: manifest[name] for name in ("config", "files", "inputs")}
             manifest |= {"fingerprint": digest_of(identity), "replaces": []}
             if old := self.read(notebook) or self._replaced.get(notebook):
@@ -202,7 +239,10 @@ class Workspace:
                 manifest = path.with_name("manifest.json")
                 if manifest.exists() and read_manifest(manifest)["files"][name] != sha256(path):
                     raise ValueError("it is not what was set aside")
-                contents[path.parent.name] = json.loads(read_file(path))
+                content = json.loads(read_file(path))
+                if not isinstance(content, dict):
+                    raise ValueError("it is not a JSON object")
+                contents[path.parent.name] = content
             except DAMAGE as error:
                 print(f"{path} is left out ({reason(error)}). Delete its folder if it is unwanted.")
         return contents
@@ -237,7 +277,18 @@ class Workspace:
             self.mirror.wait()
 
     def pull(self) -> None:
-        """Bring what is newer in the mirror, and copy to it what it lacks, in the background."""
+        """Bring what is newer in the mirror, and copy to it what it lacks, in the background.
+        Raises WorkspaceError if the folder holds something else than a run."""
+        self._refuse_links()
+        known = os.path.lexists(self / ".lock.txt") or any(self.path.glob("manifests/0*.json"))
+        # an executed notebook may come before the first lock; hidden files are never touched
+        names = {path.name for path in self.path.glob("[!.]*")} - {"notebooks"}
+        if names and not known:
+            raise WorkspaceError(
+                f"{self.path} is the folder of no run, and holds {', '.join(sorted(names)[:3])}. "
+                "Nothing was written. Name a new folder in QLORA_WORKSPACE; then run this notebook "
+                "again."
+            )
         if self.mirror:
             with self.hold("reading Google Drive"):
                 self.mirror.pull(self)
