@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -20,7 +21,6 @@ FAILURES = (OSError, RuntimeError, SafetensorError)
 _CONTENT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, tarfile.TarError)
 DAMAGE = (OSError, *_CONTENT)
 _LARGEST, _LARGEST_TEXT = 2**34, 2**26  # in bytes: a sparse file can claim any size
-_digests: dict[tuple[int, ...], str] = {}  # the SHA-256 of files that were read before
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -42,9 +42,7 @@ def copy_folder(source: Path, target: Path) -> None:
     """Copy a folder of files, whole or not at all. Raises OSError."""
     partial = target.with_name(target.name + ".partial")
     remove(partial)
-    partial.mkdir(parents=True)
-    for path in source.iterdir():
-        shutil.copyfile(path, partial / path.name)
+    shutil.copytree(source, partial, copy_function=shutil.copyfile)
     put_in_place(partial, target)
 
 
@@ -102,16 +100,16 @@ def sha256(path: Path) -> str:
         raise OSError(errno.EINVAL, "Not an ordinary file", str(path))
     ordinary(path)
     facts = os.stat(path)
-    key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-    if key in _digests:
-        return _digests[key]
     # file systems count time in milliseconds: another change at this moment would not show
     settled = time.time_ns() - facts.st_mtime_ns > 10**8
+    read = _sha256 if settled else _sha256.__wrapped__
+    return read(path, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, *facts: int) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if settled:
-        _digests[key] = digest
-    return digest
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def nearest(folder: Path) -> Path:

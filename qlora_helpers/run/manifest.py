@@ -21,15 +21,8 @@ from tqdm.utils import CallbackIOWrapper
 from qlora_helpers.run.files import ordinary, read_file, sha256
 
 _CHECKPOINT = {"files": dict, "written": str, "step": int, "identity": dict, "facts": dict}
-_PUBLICATION = {
-    "files": dict,
-    "written": str,
-    "notebook": str,
-    "fingerprint": str,
-    "config": dict,
-    "inputs": dict,
-    "replaces": list,
-}
+_PUBLICATION = {"files": dict, "written": str, "notebook": str, "fingerprint": str}
+_PUBLICATION |= {"config": dict, "inputs": dict, "replaces": list}
 
 
 def manifest_of(root: Path, names: Iterable[str], **content) -> dict:

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import psutil
-from filelock import FileLock, Timeout
 
 from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.run.checkpoints import Checkpoints
 from qlora_helpers.run.files import DAMAGE, read_file, remove, sha256, write_file, writing
+from qlora_helpers.run.lock import Lock, refuse_foreign, refuse_links
 from qlora_helpers.run.manifest import digest_of, manifest_of, read_manifest, sealed, version_of
 
 _began = psutil.Process().create_time()  # of this process, then its last publication
@@ -36,7 +36,7 @@ class Workspace:
         self.opened = {}  # the fingerprints of what `open` required
         self._replaced = {}  # the manifests that `set_aside` moved
         self._written = {}  # the SHA-256 of what `write` wrote, by name
-        self._lock = FileLock(self / ".lock", timeout=0)
+        self.hold = Lock(self.path).hold
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -45,51 +45,6 @@ class Workspace:
         here = Path.cwd().parent if Path.cwd().name == "notebooks" else Path.cwd()
         inside = self.path.is_relative_to(here)  # the same on every machine
         return str(self.path.relative_to(here) if inside else self.path)
-
-    @contextlib.contextmanager
-    def hold(self, purpose: str):
-        """Return a context in which no other process writes here; it may be nested. Raises
-        WorkspaceError that names the process which does."""
-        note = self / ".lock.txt"
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._refuse_links()
-            if (self / ".lock").is_symlink() or not (self / ".lock").is_file():
-                remove(self / ".lock")
-            try:
-                held = self._lock.acquire()
-            except Timeout:
-                holder = note.read_text("utf-8", "replace") if note.is_file() else "not known which"
-                raise WorkspaceError(
-                    f"another notebook is writing to {self.path} ({holder}). Nothing was written. "
-                    "Wait for it, or stop it; then run this notebook again."
-                ) from None
-        with held:
-            number = self._lock_number()
-            if self._lock.lock_counter == 1:
-                since = time.strftime("%H:%M:%S UTC", time.gmtime())
-                with contextlib.suppress(OSError):  # the note is not worth an error
-                    remove(note)
-                    note.write_text(f"{purpose}, process {os.getpid()}, since {since}", "utf-8")
-            yield
-            if self._lock_number() != number:
-                print(
-                    f"{self / '.lock'} was deleted while {purpose} wrote here. If another notebook "
-                    "wrote meanwhile, run this one again from its start."
-                )
-
-    def _refuse_links(self) -> None:
-        for path in [*self.path.glob("*"), *self.path.glob("earlier/*")]:
-            if path.is_symlink() and path.is_dir():
-                raise WorkspaceError(
-                    f"{path} is a link to another folder, where a run does not write. Delete it; "
-                    "then run this notebook again."
-                )
-
-    def _lock_number(self) -> int | None:
-        """Return the number of the file that is locked; None if it was deleted."""
-        path = self / ".lock"
-        return path.lstat().st_ino if os.path.lexists(path) else None
 
     def write(self, name: str, data: bytes | str) -> None:
         """Write the file `name` whole or not at all. Raises WorkspaceError."""
@@ -178,23 +133,20 @@ class Workspace:
         remedy = f"Run notebooks/{notebook}.ipynb {again}."
         try:
             manifest = read_manifest(path)
-            files, inputs = manifest["files"], manifest["inputs"]
         except FileNotFoundError:
             raise WorkspaceError(f"{self} holds nothing from {notebook} yet. {remedy}") from None
         except DAMAGE as error:
             raise WorkspaceError(f"{path} cannot be read ({reason(error)}). {remedy}") from error
         if manifest["notebook"] != notebook:
             raise WorkspaceError(f"{path} is the manifest of {manifest['notebook']}. {remedy}")
-        for name, digest in files.items():
-            problem = None
+        for name, digest in manifest["files"].items():
             try:
-                if sha256(self / name) != digest:
-                    problem = f"is not what {notebook} wrote"
+                problem = f"is not what {notebook} wrote" if sha256(self / name) != digest else ""
             except OSError as error:
                 problem = f"cannot be read ({reason(error)})"
             if problem:
                 raise WorkspaceError(f"{self / name} {problem}. {remedy}")
-        for name, fingerprint in inputs.items():
+        for name, fingerprint in manifest["inputs"].items():
             if self.require(name)["fingerprint"] != fingerprint:
                 raise WorkspaceError(
                     f"what {notebook} wrote was made before {name} was run with other settings or "
@@ -216,19 +168,19 @@ class Workspace:
         WorkspaceError if it is not whole."""
         if not self.has(notebook) and not os.path.lexists(self / name):
             return None
-        self.require(notebook)
         return self.read_json(notebook, name)
 
     def read_json(self, notebook: str, name: str) -> dict:
-        """Return what `notebook` wrote to the JSON file `name`, which its manifest checks if it has
-        published. Raises WorkspaceError that names the problem and the notebook to run."""
-        if self.has(notebook):
-            self.require(notebook)
-        path, remedy = self / name, f"Run notebooks/{notebook}.ipynb again."
+        """Return what `notebook` wrote to the JSON file `name`. Raises WorkspaceError that names
+        the problem and the notebook to run."""
+        self.require(notebook)
         try:
-            return json.loads(read_file(path))
-        except (OSError, ValueError) as error:
-            raise WorkspaceError(f"{path} cannot be read ({reason(error)}). {remedy}") from error
+            return json.loads(read_file(self / name))
+        except DAMAGE as error:
+            raise WorkspaceError(
+                f"{self / name} cannot be read ({reason(error)}). Run notebooks/{notebook}.ipynb "
+                "again."
+            ) from error
 
     def earlier_json(self, name: str) -> dict[str, dict]:
         """Return the JSON file `name` of each folder in earlier/. A damaged one is left out, with a
@@ -279,16 +231,8 @@ class Workspace:
     def pull(self) -> None:
         """Bring what is newer in the mirror, and copy to it what it lacks, in the background.
         Raises WorkspaceError if the folder holds something else than a run."""
-        self._refuse_links()
-        known = os.path.lexists(self / ".lock.txt") or any(self.path.glob("manifests/0*.json"))
-        # an executed notebook may come before the first lock; hidden files are never touched
-        names = {path.name for path in self.path.glob("[!.]*")} - {"notebooks"}
-        if names and not known:
-            raise WorkspaceError(
-                f"{self.path} is the folder of no run, and holds {', '.join(sorted(names)[:3])}. "
-                "Nothing was written. Name a new folder in QLORA_WORKSPACE; then run this notebook "
-                "again."
-            )
+        refuse_links(self.path)
+        refuse_foreign(self.path)
         if self.mirror:
             with self.hold("reading Google Drive"):
                 self.mirror.pull(self)
@@ -311,11 +255,9 @@ class Workspace:
 
     def read(self, notebook: str) -> dict | None:
         """Return the manifest of `notebook`, whatever its files are; None if it is damaged."""
-        try:
+        with contextlib.suppress(*DAMAGE):
             manifest = read_manifest(self.manifest_path(notebook))
             return manifest if manifest["notebook"] == notebook else None
-        except DAMAGE:
-            return None
 
     def manifest_path(self, notebook: str) -> Path:
         """Return the path of a manifest."""
