@@ -51,6 +51,8 @@ class Checkpoints:
                 check_files(manifest["files"], path)
                 stored, known = manifest["identity"], {"manifest.json", *manifest["files"]}
                 settings = dict(stored["settings"])
+                if manifest["step"] != step:
+                    raise ValueError(f"its manifest is that of step {manifest['step']}")
                 if extra := {part.name for part in path.iterdir()} - known:
                     raise ValueError(f"its manifest does not name {min(extra)}")
             except DAMAGE as error:

@@ -65,17 +65,18 @@ def _check_form(manifest: dict) -> None:
         path = PurePosixPath(name)
         if "\0" in name or not path.parts or path.is_absolute() or ".." in path.parts:
             raise ValueError(f"its files name {name!r}, which is not inside its folder")
-    texts = [*manifest["files"].values(), *manifest.get("replaces", [])]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("its files or what it replaces are not texts")
     if "step" in manifest:
         return
+    if not all(isinstance(version, str) for version in manifest["replaces"]):
+        raise ValueError("its replaces are not all versions")
     if not re.fullmatch("[0-9a-f]{64}", manifest["fingerprint"]):
         raise ValueError("its fingerprint is not a SHA-256")
-    for name in (manifest["notebook"], *manifest["inputs"]):
-        # a notebook reads what those before it wrote: else checking them would never end
-        if not re.fullmatch(r"\w+", name) or name > manifest["notebook"]:
-            raise ValueError(f"its notebook or inputs name {name!r}")
+    if not re.fullmatch(r"\w+", manifest["notebook"]):
+        raise ValueError("its notebook is not the name of one")
+    for name in manifest["inputs"]:
+        # checking an input checks its own ones: this would not end, were one not earlier
+        if not re.fullmatch(r"\w+", name) or name >= manifest["notebook"]:
+            raise ValueError(f"its inputs name {name!r}, which is no earlier notebook")
 
 
 def check_files(files: dict[str, str], root: Path) -> None:

@@ -82,6 +82,7 @@ def refused(begin, drive, patch):
 def late_answer(begin, drive, patch):
     """The reader answers when the run has gone on already."""
     patch.setenv("FAKE_DRIVE", "hangs")
+    patch.setattr(drive_module, "ANSWER_SECONDS", 0)
     patch.setattr(drive_module, "MOUNT_SECONDS", 0.3)
     content = begin()
     find_workspace()
