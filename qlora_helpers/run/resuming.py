@@ -154,25 +154,20 @@ class ResumableTrainer(Trainer):
                 self._save_checkpoint(self.model, None)
             progress = f"{step} of {self.state.max_steps}"
             raise TrainingStopped(f"Stopped at step {progress}. {self._kept()}") from None
-        except UnpicklingError as error:
-            raise WorkspaceError(
-                f"{folder} holds objects that could run code ({reason(error)}). It was not "
-                "loaded: delete it, and run this notebook again from its start."
-            ) from None
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"memory ran out after step {self.state.global_step} ({reason(error)}). Restart "
                 f"the runtime, so that nothing else holds memory. {self._kept()}"
             ) from None
-        except QLoraError:
-            raise
-        except (*DAMAGE, *FAILURES) as error:
-            if folder is None or self.schedule.began:
+        except (UnpicklingError, *DAMAGE, *FAILURES) as error:
+            if folder is None or self.schedule.began or isinstance(error, QLoraError):
                 raise
+            is_code = isinstance(error, UnpicklingError)
+            what = "objects that could run code" if is_code else "no state of this training"
             raise WorkspaceError(
-                f"{folder} does not hold the state of this training ({reason(error)}). Delete it, "
-                "and run this notebook again from its start."
-            ) from error
+                f"{folder} holds {what} ({reason(error)}). It was not loaded: delete it, and run "
+                "this notebook again from its start."
+            ) from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

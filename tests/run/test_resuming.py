@@ -169,7 +169,7 @@ def test_a_state_that_was_sealed_again_is_named(stopped, prepared, workspace, fi
     manifest = read_manifest(folder / "manifest.json")
     manifest["files"][file] = sha256(folder / file)
     (folder / "manifest.json").write_text(sealed(manifest))
-    refused = "checkpoint-3 does not hold the state of this training .* Delete it"
+    refused = "checkpoint-3 holds no state of this training .* delete it"
     with pytest.raises(WorkspaceError, match=refused):
         stages.fit(*prepared())
 
