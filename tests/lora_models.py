@@ -5,13 +5,24 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "float16",
+}
 
-def save_random(config_class, folder, dtype=torch.float32, vocab_size=64, **choices):
+
+def save_random(
+    config_class, folder, dtype=torch.float32, vocab_size=64, max_shard_size="1GB", **choices
+):
     """Write a random model of two layers, whose four heads share two keys and values."""
     torch.manual_seed(0)
     heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = config_class(vocab_size=vocab_size, **heads, **choices)
-    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(
+        folder, max_shard_size=max_shard_size
+    )
     return folder
 
 
@@ -26,12 +37,7 @@ def save_tiny(config_class, tokenizer, folder, **choices) -> str:
 
 def library_model(folder, dtype=torch.float32, nf4=True) -> PreTrainedModel:
     """Return the model in `folder` in eval mode, on the GPU if there is one."""
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    quantised = BitsAndBytesConfig(**NF4 | {"bnb_4bit_compute_dtype": dtype})
     device = 0 if torch.cuda.is_available() else "cpu"
     options = {"quantization_config": quantised} if nf4 else {}
     model = AutoModelForCausalLM.from_pretrained(

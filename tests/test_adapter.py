@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,18 +16,25 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from qlora_helpers.adapter import load_adapter, save_adapter
+from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.config import PROFILES, RunConfig
 from qlora_helpers.errors import ModelError
 from qlora_helpers.model import attach_lora, load_base_model
 
 
+def save(base_model: str, folder: Path) -> RunConfig:
+    """Write an adapter that fits the tiny `base_model`, and return the config."""
+    config = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": base_model})
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    save_adapter(attach_lora(load_base_model(config), lora, 0), config, folder)
+    return config
+
+
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory):
     """A base model without an adapter, its config, and the folder of one that fits."""
-    config = RunConfig(profile="cpu", **PROFILES["cpu"] | {"base_model": tiny})
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     folder = tmp_path_factory.mktemp("saved") / "adapter"
-    save_adapter(attach_lora(load_base_model(config), lora, 0), config, folder)
+    config = save(tiny, folder)
     return load_base_model(config), config, folder
 
 
@@ -86,10 +95,13 @@ def _a_pipe(folder):
     os.mkfifo(folder / "adapter_config.json")
 
 
+def _numbers(value: float):
+    return _weights(lambda tensors, name: tensors[name][0].fill_(value))
+
+
 # Each change of an adapter's folder, and what the message says of it.
 PICKLE = pickle.dumps(Payload())
 REFUSED = {
-    "weights as a pickle": (_file("adapter_model.bin", PICKLE), "holds adapter_model.bin"),
     "a pickle beside": (_file("training_args.bin", PICKLE), "holds training_args.bin"),
     "an index": (_file("adapter_model.safetensors.index.json", b"{}"), "holds .*index.json"),
     "code of its own": (_file("own.py", b"import os; os.mkdir('ran')"), "holds own.py"),
@@ -97,11 +109,24 @@ REFUSED = {
     "code by its config": (_config(auto_map={"AutoModel": "a--own.Own"}), "its auto_map"),
     "a class to import": (_config(auto_mapping={"parent_library": "os"}), "its auto_mapping"),
     "trusting remote code": (_config(trust_remote_code=True), "its trust_remote_code"),
+    "a link to a device": (
+        lambda folder: (folder / "README.md").symlink_to("/dev/zero"),
+        "Not an ordinary file",
+    ),
+    "a terabyte": (
+        lambda folder: os.truncate(folder / "adapter_model.safetensors", 2**40),
+        "longer than 4 GiB",
+    ),
+    "a head that classifies": (_config(task_type="SEQ_CLS"), "its task_type"),
+    "a scale of words": (_config(use_rslora="no"), "its use_rslora"),
+    "not a number": (_numbers(float("nan")), "lora_A.weight holds NaN"),
+    "an infinite number": (_numbers(float("inf")), "lora_A.weight holds NaN, or an infinite"),
+    "a huge number": (_numbers(1e30), "lora_A.weight holds .* huge number"),
     "another base model": (_config(base_model_name_or_path="a/b"), "was made for 'a/b'"),
-    "no base model": (_config(base_model_name_or_path=None), "was made for 'None'"),
+    "no base model": (_config(base_model_name_or_path=None), "base_model is None: it must be text"),
     "another method": (_config(peft_type="IA3"), "is not of LoRA"),
     "a huge rank": (_config(r=10**9), "its r is '1000000000'"),
-    "another rank": (_config(r=8), r"not \[(8, \d+|\d+, 8)\] of floats"),
+    "another rank": (_config(r=8), r"not \[(8, \d+|\d+, 8)\]"),
     "a scale that is not a number": (_config(lora_alpha=float("nan")), "its lora_alpha is 'nan'"),
     "a dropout above 1": (_config(lora_dropout=1.5), "its lora_dropout is '1.5'"),
     "an expression for targets": (_config(target_modules="(a+)+$"), "its target_modules"),
@@ -118,24 +143,31 @@ REFUSED = {
     ),
     "a weight too wide": (
         _weights(lambda tensors, name: tensors.update({name: torch.zeros(4, 10_000)})),
-        r"is F32 \[4, 10000\], not",
+        r"is \[4, 10000\], not",
     ),
     "a weight of integers": (
         _weights(lambda tensors, name: tensors.update({name: tensors[name].int()})),
-        "is I32",
+        "is torch.int32, not of floats",
     ),
     "a shape of 4 PiB": (_a_header([2**25, 2**25], [0, 2**52]), ""),
     "a shape that overflows": (_a_header([2**62, 2**62], [0, 8]), ""),
     "a torn file": (_torn, ""),
-    "a config that is no JSON": (_file("adapter_config.json", b"{"), ""),
-    "a config nested without end": (_file("adapter_config.json", b"[" * 100_000), ""),
-    "a config of another kind": (_file("adapter_config.json", b"[1]"), "is not of LoRA"),
+    "a config that is no JSON": (_file("adapter_config.json", b"{"), "config.json cannot be read"),
+    "a config nested without end": (
+        _file("adapter_config.json", b"[" * 100_000),
+        "config.json cannot be read",
+    ),
+    "a number without end": (
+        _file("adapter_config.json", b"9" * 5000),
+        "config.json cannot be read",
+    ),
+    "a config of another kind": (_file("adapter_config.json", b"[1]"), "is not a JSON object"),
     "a config of a gigabyte": (
         lambda folder: os.truncate(folder / "adapter_config.json", 2**30),
         "longer than a mebibyte",
     ),
     "a pipe for a config": (_a_pipe, "Not an ordinary file"),
-    "nothing": (lambda folder: shutil.rmtree(folder), "No such file"),
+    "nothing": (lambda folder: shutil.rmtree(folder), "qlora_config.json is missing"),
 }
 
 
@@ -153,18 +185,21 @@ def test_what_is_not_plain_lora_of_this_base_model_is_refused(saved, folder, mon
     assert {name: id(module) for name, module in base.named_modules()} == before
 
 
-def test_what_fits_is_loaded_with_the_files_that_04_adds(saved, folder):
-    (folder / "README.md").write_text("a card")
-    (folder / "calibration.json").write_text("{}")
-    loaded = load_adapter(load_base_model(saved[1]), str(folder))
-    weights = {
-        name.replace(".default", ""): parameter
-        for name, parameter in loaded.named_parameters()
-        if "lora_" in name
-    }
-    torch.testing.assert_close(weights, load_file(folder / "adapter_model.safetensors"))
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings["target_modules"] == sorted(settings["target_modules"])
+def test_the_folder_is_bit_for_bit_the_same_in_every_process(saved, tmp_path):
+    """The order of a set follows the process."""
+    code = """
+import sys, tests.test_adapter as own
+own.save(sys.argv[1], own.Path(sys.argv[2]))
+"""
+    _, config, folder = saved
+    root = Path(__file__).parents[1]
+    run = [sys.executable, "-c", code, config.base_model, tmp_path / "adapter"]
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": f"{root}:{root / 'tests'}"}
+    subprocess.run(run, env=environment, cwd=root, check=True)
+    names = ["adapter_config.json", "adapter_model.safetensors", "qlora_config.json"]
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "adapter" / name).read_bytes() == (folder / name).read_bytes()
 
 
 def test_weights_that_were_not_saved_or_loaded_whole_are_named(
@@ -192,6 +227,13 @@ def test_weights_that_were_not_saved_or_loaded_whole_are_named(
     monkeypatch.setattr(PeftModel, "from_pretrained", load_other)
     with pytest.raises(ModelError, match="adapter was not loaded whole: base_model.* differs"):
         load_adapter(load_base_model(config), folder)
+
+
+def test_an_adapter_that_names_its_own_folder_as_base_model_is_refused(saved, folder):
+    _config(base_model_name_or_path=str(folder), modules_to_save=None)(folder)
+    shutil.copytree(saved[1].base_model, folder, dirs_exist_ok=True)
+    with pytest.raises(ModelError, match="cannot be loaded: it holds adapter_config.json"):
+        HeadlineClassifier.from_adapter(folder)
 
 
 def test_a_base_model_with_code_of_its_own_is_not_run(config, tmp_path):

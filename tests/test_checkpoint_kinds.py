@@ -9,13 +9,13 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
+from lora_models import NF4, save_random
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaTokenizer,
     MistralConfig,
     MistralForCausalLM,
-    set_seed,
 )
 
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
@@ -44,12 +44,6 @@ TOKENIZER = {
     "model_max_length": 10**30,
     "sp_model_kwargs": {},
 }
-NF4 = {
-    "load_in_4bit": True,
-    "bnb_4bit_quant_type": "nf4",
-    "bnb_4bit_use_double_quant": True,
-    "bnb_4bit_compute_dtype": "float16",
-}
 ROUNDING = 2e-2 if compute_dtype()[0] == torch.bfloat16 else 1e-4
 
 
@@ -72,17 +66,9 @@ def tokenizer_file(request):
 def sharded(tokenizer_file, tmp_path_factory):
     """Float16 in three shards, with both forms of the tokenizer, as mistralai/Mistral-7B-v0.1."""
     folder = tmp_path_factory.mktemp("mistral") / "sharded"
-    set_seed(0)
-    config = MistralConfig(
-        vocab_size=32000,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    MistralForCausalLM(config).half().save_pretrained(folder, max_shard_size="3MB")
+    sizes = {"vocab_size": 32000, "hidden_size": 64, "intermediate_size": 192}
+    options = {"max_shard_size": "3MB", "initializer_range": 0.2}
+    save_random(MistralConfig, folder, torch.float16, **sizes, **options)
     shutil.copy(tokenizer_file, folder / "tokenizer.model")
     (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER))
     LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))

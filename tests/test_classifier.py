@@ -15,7 +15,7 @@ from qlora_helpers import (
     with_temperature,
 )
 from qlora_helpers import classifier as module
-from qlora_helpers.errors import DataError, ModelError, QLoraError, WorkspaceError
+from qlora_helpers.errors import DataError, ModelError, WorkspaceError
 from qlora_helpers.texts import clean_text
 
 COLUMNS = ["label", "confidence", *(f"P({label})" for label in LABELS)]
@@ -126,6 +126,13 @@ def test_the_base_model_without_adapter_and_temperature(classifier):
     assert abs(base - classifier.probabilities(TEXTS)).max() > 0.05
 
 
+def test_answers_that_are_no_numbers_do_not_pass_for_missing_texts(classifier):
+    broken = copy.copy(classifier)
+    broken.temperature = 1e-308
+    with pytest.raises(ModelError, match="answers with what is no number: .*LEARNING_RATE"):
+        broken(TEXTS)
+
+
 def log_odds(probabilities: np.ndarray, label: int) -> float:
     return float(np.log(probabilities[label]) - np.log(np.delete(probabilities, label).sum()))
 
@@ -182,26 +189,30 @@ def test_other_labels_go_with_the_adapter(folder):
     [
         ("qlora_config.json", None, "qlora_config.json is missing"),
         ("qlora_config.json", "{", "qlora_config.json cannot be read"),
-        ("qlora_config.json", "[]", "not what it should be"),
-        ("qlora_config.json", settings(labels=5), "does not hold what it should"),
+        ("qlora_config.json", "[]", "qlora_config.json is not a JSON object"),
+        ("qlora_config.json", "{}", "it does not say 'prompt'"),
+        ("qlora_config.json", settings(labels="yes"), "says labels 'yes', not a list"),
         ("qlora_config.json", settings(labels=["a"]), "labels are"),
         ("qlora_config.json", settings(max_length="64"), "max_length is '64'"),
         ("qlora_config.json", settings(prompt="{text}?"), "trained with the prompt"),
         ("adapter_config.json", None, "adapter_config.json is missing"),
-        ("adapter_config.json", "{}", "does not hold what it should"),
-        ("adapter_model.safetensors", None, "refused"),
-        ("adapter_model.safetensors", "not weights", "refused"),
-        ("calibration.json", '{"temperature": 0}', "temperature 0, not a positive number"),
-        ("calibration.json", '{"temperature": NaN}', "temperature nan, not a positive number"),
-        ("calibration.json", "{}", "temperature None"),
+        ("adapter_config.json", "{}", "its target_modules is 'None'"),
+        ("adapter_model.safetensors", None, "No such file"),
+        ("adapter_model.safetensors", "not weights", "deserializing header"),
+        ("calibration.json", '{"temperature": 0}', "temperature 0, not a number from 0.01"),
+        ("calibration.json", '{"temperature": 1e-308}', "temperature 1e-308, not a number"),
+        ("calibration.json", '{"temperature": NaN}', "temperature nan, not a number"),
+        ("calibration.json", "{}", "it does not say 'temperature'"),
     ],
 )
-def test_a_damaged_folder_is_named(folder, monkeypatch, name, content, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_damaged_folder_is_named_before_the_base_model_is_loaded(
+    folder, monkeypatch, name, content, message
+):
+    monkeypatch.setattr(module, "load_tokenizer", lambda config: pytest.fail("it was fetched"))
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
-    with pytest.raises(QLoraError, match=message) as caught:
+    with pytest.raises(ModelError, match=f"{folder} is refused: .*{message}") as caught:
         HeadlineClassifier.from_adapter(folder)
     assert "\n" not in str(caught.value)
 

@@ -1,9 +1,11 @@
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from qlora_helpers import LABELS, classify_file
-from qlora_helpers.classifier import read_texts
+from qlora_helpers.classifier import read_texts, write_csv
 from qlora_helpers.errors import DataError
 
 NEW = ["label", "confidence", *(f"P({label})" for label in LABELS)]
@@ -83,7 +85,17 @@ def test_columns_of_the_same_name_stay(classifier):
 
 
 def test_what_is_written_reads_back(classifier):
-    table = classify_file(classifier, 'text\n"one, ""two""\nthree"\n央行\n\n'.encode(), "a.csv")
-    again, texts = read_texts(table.to_csv(index=False).encode(), "b.csv")
-    assert texts == ['one, "two"\nthree', "央行", ""] == table.text.tolist()
-    assert pd.to_numeric(again.confidence[:2]).tolist() == table.confidence[:2].tolist()
+    data = 'text\n"one, ""two""\nthree"\n央行\n"a\rb\r\nc"\n\n'.encode()
+    table = classify_file(classifier, data, "a.csv")
+    again, texts = read_texts(write_csv(table), "b.csv")
+    assert texts == ['one, "two"\nthree', "央行", "a\rb\r\nc", ""] == table.text.tolist()
+    assert pd.to_numeric(again.confidence[:3]).tolist() == table.confidence[:3].tolist()
+
+
+def test_no_cell_is_a_formula():
+    formulas = ["=1+1", "+1-555", "-A1", "@SUM(A1)", "\t=A1", "\r=A1"]
+    plain = ["-3.5", "+1,000", "-", "a=b", "1-2", "mail@x.com", ""]
+    table = pd.DataFrame({"=text": formulas + plain, "confidence": -0.5})
+    read = pd.read_csv(io.BytesIO(write_csv(table)), dtype=str, keep_default_na=False)
+    assert read["'=text"].tolist() == [f"'{cell}" for cell in formulas] + plain
+    assert set(read.confidence) == {"-0.5"}

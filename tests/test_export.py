@@ -1,4 +1,5 @@
 import resource
+import shutil
 
 import numpy as np
 import pytest
@@ -8,13 +9,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qlora_helpers import export_adapter, merge_adapter
 from qlora_helpers.errors import ModelError, WorkspaceError
 from qlora_helpers.prompts import build_prompt, label_token_ids
+from qlora_helpers.run.workspace import Workspace
 
 TEXTS = ["Striker signs record contract", "Oil climbs as the port closes for a third week", "Rain"]
 
 
 def test_the_merged_model_answers_as_the_adapter_does(classifier, tmp_path):
+    (tmp_path / "new" / "merged.partial").mkdir(parents=True)  # of the reader's own
     folder = merge_adapter(classifier, tmp_path / "new" / "merged")
-    assert [path.name for path in folder.parent.iterdir()] == ["merged"]
+    assert {path.name for path in folder.parent.iterdir()} == {"merged", "merged.partial"}
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     parameters = classifier.model.get_base_model().num_parameters()
     assert size == pytest.approx(2 * parameters, rel=0.01)  # as 05 announces
@@ -49,6 +52,31 @@ def test_weights_that_float16_cannot_hold_are_named(classifier, tmp_path):
     finally:
         norm.data = kept
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("calibration.json", '{"temperature": 0}', "calibration.json says temperature 0"),
+        ("calibration.json", None, "calibration.json is a link"),
+        ("README.md", None, "README.md is a link"),
+        ("README.md", "x" * 2**21, "README.md is longer than a mebibyte"),
+    ],
+)
+def test_what_loading_would_refuse_or_lies_elsewhere_is_not_packed(
+    tuned, tmp_path, name, content, said
+):
+    run = Workspace(shutil.copytree(tuned.path, tmp_path / "run"))
+    path = run / "adapter" / name
+    path.unlink(missing_ok=True)
+    if content:
+        path.write_text(content)
+    else:
+        (tmp_path / "secret").write_text('{"temperature": 1}')
+        path.symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=f"refused: {said}"):
+        export_adapter(run, tmp_path / "adapter.zip")
+    assert not (tmp_path / "adapter.zip").exists()
 
 
 def test_a_disk_that_takes_no_more_is_named_and_nothing_half_stays(tuned, classifier, tmp_path):

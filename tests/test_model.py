@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import importlib.util
+import json
+import os
 import re
 import shutil
 
@@ -52,23 +54,6 @@ def weights(model, part) -> dict[str, torch.Tensor]:
 def linear_4bit(model) -> dict[str, torch.nn.Module]:
     modules = dict(model.named_modules())
     return {name: m for name, m in modules.items() if isinstance(m, bnb.nn.Linear4bit)}
-
-
-def test_weights_that_are_already_in_4_bits_load_as_they_are(tokenizer, run, tmp_path):
-    loaded = load_base_model(run)
-    # as weights that were made for a T4 say
-    loaded.config.quantization_config.bnb_4bit_compute_dtype = torch.float16
-    loaded.save_pretrained(tmp_path / "nf4")
-    again = load_base_model(dataclasses.replace(run, base_model=str(tmp_path / "nf4")))
-    assert len(linear_4bit(again)) == 2 * len(LINEAR)
-    for name, module in linear_4bit(again).items():
-        assert torch.equal(module.weight, loaded.get_submodule(name).weight)
-        assert module.compute_dtype == compute_dtype()[0]
-    found, expected = (
-        label_logits(model, encode_prompts(tokenizer, TEXTS, 64), [1, 2, 3])
-        for model in (again, loaded)
-    )
-    torch.testing.assert_close(found, expected)
 
 
 def test_the_base_model_is_in_nf4_with_nested_statistics(base):
@@ -153,28 +138,14 @@ def test_a_saved_adapter_holds_the_same_weights_and_gives_the_same_probabilities
     save_adapter(saved, run, folder)
     files = sorted(path.name for path in folder.iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors", "qlora_config.json"]
-    loaded = load_adapter(load_base_model(run), folder)
+    (folder / "README.md").write_text("a card, which 04 adds")
+    loaded = load_adapter(load_base_model(run), str(folder))
     assert not loaded.training
     assert weights(loaded, "lora_").keys() == weights(saved, "lora_").keys()
     for name, weight in weights(saved, "lora_").items():
         assert torch.equal(loaded.get_parameter(name), weight)
     found = label_probabilities(loaded, tokenizer, TEXTS, CONFIG)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
-
-
-def test_an_adapter_that_was_loaded_in_part_is_refused(run, tmp_path, monkeypatch):
-    """PEFT warns of a weight that it did not load, and goes on."""
-    save_adapter(tuned_model(run), run, tmp_path / "adapter")
-    name, load = "base_model.model.model.layers.1.mlp.down_proj.lora_B", PeftModel.from_pretrained
-
-    def from_pretrained(base, folder):
-        loaded = load(base, folder)
-        loaded.get_parameter(f"{name}.default.weight").data.zero_()
-        return loaded
-
-    monkeypatch.setattr(PeftModel, "from_pretrained", from_pretrained)
-    with pytest.raises(ModelError, match="was not loaded whole: .*layers.1.mlp.down_proj.lora_B"):
-        load_adapter(load_base_model(run), tmp_path / "adapter")
 
 
 def test_an_old_torchao_beside_a_layer_that_is_not_in_4_bits_is_named(tmp_path, monkeypatch):
@@ -210,11 +181,55 @@ def test_compute_dtype_gives_its_reason(monkeypatch, card, dtype, reason):
     assert compute_dtype()[0] == dtype and re.fullmatch(reason, compute_dtype()[1])
 
 
-def test_a_folder_without_weights_is_named(tiny, tmp_path):
-    shutil.copytree(tiny, tmp_path / "cut", ignore=shutil.ignore_patterns("*.safetensors"))
-    said = "the base model '.*/cut' cannot be loaded: .*Check what is in the folder"
-    with pytest.raises(ModelError, match=said):
-        load_base_model(dataclasses.replace(CONFIG, base_model=str(tmp_path / "cut")))
+def a_terabyte(path):
+    path.touch()
+    os.truncate(path, 2**40)
+
+
+# A file, what comes in its place (changed settings, a text, a function or nothing), the message
+ODD = [
+    ("model.safetensors", None, "no file named model.safetensors"),
+    ("model.safetensors", lambda path: path.symlink_to("/dev/zero"), "is not an ordinary file"),
+    ("model.safetensors", a_terabyte, "deserializing header"),
+    ("tokenizer.json", a_terabyte, "tokenizer.json is longer than 256 MiB"),
+    ("adapter_config.json", "{}", "it holds adapter_config.json, and so is an adapter"),
+    ("config.json", None, "it holds no config.json"),
+    ("config.json", "[]", "its config.json is not a JSON object"),
+    ("config.json", os.mkfifo, "config.json is not an ordinary file"),
+    (
+        "config.json",
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers is 1000000000: it must be 1 to 256",
+    ),
+    ("config.json", {"num_hidden_layers": "two"}, "its num_hidden_layers is 'two'"),
+    ("config.json", {"hidden_size": 128}, ""),
+    ("config.json", {"model_type": "own"}, ""),
+    ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq; only"),
+    ("config.json", {"quantization_config": {"quant_method": "awq"}}, "quantised by awq; only"),
+    ("config.json", {"quantization_config": {"load_in_8bit": True}}, "by bitsandbytes; only"),
+]
+
+
+@pytest.mark.parametrize(("name", "new", "said"), ODD)
+def test_an_odd_folder_is_named(tiny, tmp_path, name, new, said):
+    path = shutil.copytree(tiny, tmp_path / "odd") / name
+    if isinstance(new, dict):
+        new = json.dumps(json.loads(path.read_text()) | new)
+    path.unlink(missing_ok=True)
+    if isinstance(new, str):
+        path.write_text(new)
+    elif new:
+        new(path)
+    message = f"^the base model '.*/odd' cannot be loaded: .*{said}.*Check what is in the folder"
+    with pytest.raises(ModelError, match=message):
+        load_base_model(dataclasses.replace(CONFIG, base_model=str(tmp_path / "odd")))
+
+
+def test_an_unwritable_cache_of_the_embedded_model_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="cannot be written .Not a directory.* XDG_CACHE_HOME"):
+        embedded_checkpoint()
 
 
 def test_each_version_of_transformers_has_its_own_embedded_checkpoint(monkeypatch, tmp_path):

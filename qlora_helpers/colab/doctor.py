@@ -12,9 +12,9 @@ from huggingface_hub import constants
 from pandas.io.formats.style import Styler
 
 from qlora_helpers.colab.drive import without_drive
-from qlora_helpers.colab.estimates import ModelSize, minutes, model_size
+from qlora_helpers.colab.estimates import minutes, model_gib
 from qlora_helpers.colab.hub_token import use_token
-from qlora_helpers.colab.machine import on_colab
+from qlora_helpers.colab.machine import on_colab, on_kaggle
 from qlora_helpers.colab.reach import reach
 from qlora_helpers.colab.threads import bounded
 from qlora_helpers.colab.versions import check_versions
@@ -25,7 +25,8 @@ from qlora_helpers.model import compute_dtype
 from qlora_helpers.run.files import nearest
 from qlora_helpers.run.workspace import Workspace
 
-_CHOOSE_T4 = "Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
+_CHOOSE_T4 = "In Colab: Runtime > Change runtime type > T4 GPU, then Runtime > Run all"
+_CHOOSE_T4_ON_KAGGLE = "Choose Settings > Accelerator > GPU T4 x2, then Run all"
 _COLOURS = {
     "ok": "background-color: #d9f2d9; color: #14521a",
     "warning": "background-color: #fff0c2; color: #6b4e00",
@@ -52,19 +53,20 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
     """
     token = use_token(config, again=True)
     model, data = reach(config)
-    size = model_size(model.config) if model.config else None
+    gib = model_gib(model.config) if model.config else None
     # the adapter and three checkpoints, of the embedded model or of one of 7B parameters
     written = (130 if config.base_model == EMBEDDED_MODEL else 1100) * 10**6 * config.lora_r // 8
     token_found = f"from {token.source}" if token.source else token.note or "none"
     data_name = os.path.basename(config.data) if os.path.exists(config.data) else config.data
     return [
         _gpu(config, "cpu" in (profile, os.environ.get("QLORA_PROFILE"))),
-        *_memory(size),
+        *_memory(gib),
         Finding("versions", *check_versions()),
         _finding("hub token", token_found, not token.warning, token.remedy, "warning"),
         Finding("base model", f"{config.base_model}: {model.found}", model.verdict, model.remedy),
         Finding("data", f"{data_name}: {data.found}", data.verdict, data.remedy),
         *_disks(workspace, model.download + data.download, written),
+        *_kaggle_batch(),
         _workspace(workspace),
         _minutes(config, model.download),
     ]
@@ -92,25 +94,28 @@ def _finding(area: str, found: str, ok: bool, remedy: str, otherwise: str = "sto
 def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
     dtype, why = compute_dtype()
     runs = f"runs in {str(dtype).removeprefix('torch.')}"
+    choose = _CHOOSE_T4_ON_KAGGLE if on_kaggle() else _CHOOSE_T4
     if torch.cuda.is_available():
-        remedy = f"It is older than a T4, and nothing was tried there. {_CHOOSE_T4}."
-        tried = torch.cuda.get_device_capability() >= (7, 5)
-        return _finding("GPU", f"{why}: {runs}", tried, remedy, "warning")
+        capability = torch.cuda.get_device_capability()
+        if capability < (7, 0):  # a P100, for which Triton and newer builds of PyTorch have no code
+            return Finding("GPU", why, "stop", f"It is too old and not supported. {choose}.")
+        remedy = f"It is older than a T4, and nothing was tried there. {choose}."
+        return _finding("GPU", f"{why}: {runs}", capability >= (7, 5), remedy, "warning")
     remedy = (
-        f"In Colab: {_CHOOSE_T4}. To run the small model on the CPU, choose PROFILE cpu in the "
+        f"{choose}. To run the small model on the CPU, choose PROFILE cpu in the "
         "form (or set QLORA_PROFILE=cpu) and run all again."
     )
-    ok = config.profile == "cpu" and (cpu_asked or not on_colab())
+    ok = config.profile == "cpu" and (cpu_asked or not (on_colab() or on_kaggle()))
     return _finding("GPU", f"none: {runs} on {os.cpu_count()} CPU cores", ok, remedy)
 
 
-def _memory(size: ModelSize | None) -> list[Finding]:
+def _memory(model_gib: float | None) -> list[Finding]:
     findings = []
     if torch.cuda.is_available():
         gib = free_gpu_bytes() / 2**30
-        takes = f"; the model takes {size.gib:.2f} GiB in 4 bits" if size else ""
+        takes = f"; the model takes {model_gib:.2f} GiB in 4 bits" if model_gib else ""
         # training takes 1.1 GiB more for a single row, and a tenth is left free
-        needed = (size.gib + 1.1) / 0.9 if size else 0
+        needed = (model_gib + 1.1) / 0.9 if model_gib else 0
         remedy = (
             f"{needed:.1f} GiB are needed: Runtime > Restart session frees what an earlier run "
             "holds; else choose a larger GPU or a smaller model."
@@ -161,6 +166,13 @@ def _workspace(workspace: Workspace) -> Finding:
     )
     why = f", without Google Drive ({without_drive()})" if without_drive() else ""
     return _finding("workspace", f"{workspace}{why}", not on_colab(), remedy, "warning")
+
+
+def _kaggle_batch() -> list[Finding]:
+    if not on_kaggle() or os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch":
+        return []
+    found = "this is a batch run: panels do not react, the pictures beside them stand"
+    return [Finding("panels", found)]
 
 
 def _minutes(config: RunConfig, download: int) -> Finding:

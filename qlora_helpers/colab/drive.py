@@ -1,6 +1,7 @@
 """The workspace of this run, with Google Drive as its mirror if the reader allows that."""
 
 import os
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
@@ -8,13 +9,16 @@ from qlora_helpers.colab import machine
 from qlora_helpers.colab.hub_token import use_token
 from qlora_helpers.colab.machine import on_colab
 from qlora_helpers.colab.mirror import Mirror
-from qlora_helpers.colab.threads import bounded
+from qlora_helpers.colab.threads import bounded, follow, start
 from qlora_helpers.config import RunConfig, drive_wanted, workspace_folder
 from qlora_helpers.errors import ConfigError, WorkspaceError, reason
 from qlora_helpers.run.workspace import Workspace
 
-MOUNT_SECONDS = 120  # for the reader to answer, and for Drive to come
+ANSWER_SECONDS = 120  # for the reader, in Colab's own dialog
+MOUNT_SECONDS = 180  # for Drive to come then: drive.mount tries for up to 150
+_DECLINED = "declined in the form or by QLORA_DRIVE=0"
 _without: str | None = None  # why this process does without Drive, once that is settled
+_question: Future | None = None  # a mount that was asked for
 
 
 def find_workspace(drive: bool | None = None) -> Workspace:
@@ -71,33 +75,49 @@ def _my_drive(asked: bool | None) -> Path | None:
     wanted = drive_wanted(asked is not False)
     if asked is not None:  # a new answer in a form
         _without = None
-    if _without or not on_colab():
+    settled = _without
+    if settled == _DECLINED or not on_colab():
         return None
     mount = machine.CONTENT / "drive"
     is_mounted = partial(bounded, partial(os.path.isdir, mount / "MyDrive"), MOUNT_SECONDS)
     try:
         if not wanted:
-            _without = "declined in the form or by QLORA_DRIVE=0"
+            _without = _DECLINED
+        elif settled:
+            _without = None if os.path.isdir(mount / "MyDrive") else settled
         elif not is_mounted():
-            print(
-                f"Colab asks for Google Drive now, for {MOUNT_SECONDS} seconds. Drive would keep "
-                'this run for the other notebooks. To decline, choose "No thanks"; to be asked '
-                "nothing, set QLORA_DRIVE=0.",
-                flush=True,
-            )
-            from google.colab import drive
-
-            # timeout_ms is for the mount; the dialog before it may wait for ever
-            ask = partial(drive.mount, str(mount), timeout_ms=1000 * MOUNT_SECONDS)
-            bounded(ask, MOUNT_SECONDS)
+            _ask(mount)
             _without = None if is_mounted() else "it was mounted without MyDrive"
     except Exception as error:  # Colab's own kinds, ValueError, pexpect's
         _without = reason(error).removeprefix("Error: ")
+    if settled and not _without:
+        print("Google Drive is there now: this run is copied to it.")
     if not _without:
         return mount / "MyDrive"
-    print(
-        f"Without Google Drive ({_without}): this run's files stay on this machine and go when its "
-        "runtime does, and the other notebooks, which get machines of their own, will not find "
-        "them. To have Drive: Runtime > Restart session and run all, and allow it."
-    )
+    if not settled:
+        print(
+            f"Without Google Drive ({_without}): this run's files stay on this machine and go when "
+            "its runtime does, and the other notebooks, which get machines of their own, will not "
+            "find them. To have Drive: Runtime > Restart session and run all, and allow it."
+        )
     return None
+
+
+def _ask(mount: Path) -> None:
+    """Mount Drive. A question that is still open, after the cell was stopped, is not asked again:
+    two would wait for one answer."""
+    global _question
+    if _question and not _question.done():
+        print("Colab's question for Google Drive is still open: answer that one.", flush=True)
+    else:
+        print(
+            f"Colab asks for Google Drive now, for {ANSWER_SECONDS} seconds. Drive would keep "
+            'this run for the other notebooks. To decline, choose "No thanks"; to be asked '
+            "nothing, set QLORA_DRIVE=0.",
+            flush=True,
+        )
+        from google.colab import drive
+
+        _question = start(partial(drive.mount, str(mount), timeout_ms=1000 * ANSWER_SECONDS))
+    follow([_question], ANSWER_SECONDS + MOUNT_SECONDS)
+    _question.result()

@@ -1,7 +1,5 @@
 """What a run will take: GPU memory for the weights, and minutes."""
 
-from dataclasses import dataclass
-
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -10,36 +8,19 @@ from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 _NF4_BITS = 4.127  # of a weight, with double quantisation (arXiv:2305.14314, 3)
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """The weights of the linear layers, which are kept in 4 bits, and of all others, in 16 bits."""
-
-    linear: int
-    other: int
-
-    @property
-    def gib(self) -> float:
-        """The GPU memory that they take."""
-        return (self.linear * _NF4_BITS / 8 + self.other * 2) / 2**30
-
-
-def model_size(config: PreTrainedConfig) -> ModelSize | None:
-    """Return the size of the model that `config` describes, or None if it is no language model."""
+def model_gib(config: PreTrainedConfig) -> float | None:
+    """Return the GPU memory of the weights that `config` describes: linear layers in 4 bits, others
+    in 16; None if it is no language model."""
     settings = config.to_dict()
     settings.pop("quantization_config", None)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(type(config).from_dict(settings))
-    except (
-        AttributeError,
-        ValueError,
-        TypeError,
-        LookupError,
-    ):  # loading it will say what is wrong
+    except Exception:  # of any kind: loading it will say what is wrong
         return None
     layers = [layer for layer in model.base_model.modules() if isinstance(layer, torch.nn.Linear)]
     linear = sum(layer.weight.numel() for layer in layers)
-    return ModelSize(linear, sum(weight.numel() for weight in model.parameters()) - linear)
+    return (linear * _NF4_BITS / 8 + (model.num_parameters() - linear) * 2) / 2**30
 
 
 def minutes(config: RunConfig, download: int) -> dict[str, float]:

@@ -1,16 +1,16 @@
 """Whether the base model and the data can be had, and how much of them is to be downloaded."""
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from qlora_helpers.colab import hub
 from qlora_helpers.config import AG_NEWS, EMBEDDED_MODEL, SAMPLE, RunConfig
-from qlora_helpers.model import find_embedded
+from qlora_helpers.errors import ModelError
+from qlora_helpers.model import find_embedded, load_model_config
 
 _OTHER_MODEL = "Without the hub: name a folder in QLORA_BASE_MODEL, or set QLORA_PROFILE=cpu."
 _OTHER_DATA = "Without the hub: set QLORA_DATA to a folder of train.csv and test.csv, or to sample."
@@ -24,21 +24,28 @@ class Source:
     verdict: str = "ok"
     remedy: str = ""
     download: int = 0
-    config: PreTrainedConfig | None = None  # of a model, where it can be read
+    folder: Path | None = None  # of a model that holds config.json
+    config: PreTrainedConfig | None = None
 
 
 def reach(config: RunConfig) -> tuple[Source, Source]:
     """Return the sources of the base model and of the data; the hub has 8 seconds for each."""
-    return _model(config.base_model), _data(config.data)
+    return _model(config), _data(config.data)
 
 
-def _model(name: str) -> Source:
+def _model(config: RunConfig) -> Source:
+    name, folder = config.base_model, Path(config.base_model)
     if name == EMBEDDED_MODEL:
         state, remedy = find_embedded()
         return Source(state, "stop" if remedy else "ok", remedy)
-    if os.path.isdir(name):
-        return Source("a folder on this machine", config=_read_config(name))
-    return _from_hub(name, "model", hub.CHECKPOINT_FILES, _OTHER_MODEL)
+    source = Source("a folder on this machine", folder=folder)
+    if not folder.is_dir():
+        source = _from_hub(name, "model", hub.CHECKPOINT_FILES, _OTHER_MODEL)
+    try:
+        found = source.folder and load_model_config(source.folder, config)
+        return replace(source, config=found)
+    except ModelError as error:
+        return Source(str(error), "stop", _OTHER_MODEL)
 
 
 def _data(name: str) -> Source:
@@ -61,19 +68,12 @@ def _from_hub(name: str, kind: str, patterns: Sequence[str], otherwise: str) -> 
             folder = Path(hf_hub_download(name, "config.json", **options)).parent
     except Exception as error:  # of a dozen kinds: names, conditions, connections, proxies
         if folder := hub.cached(name, kind, patterns):
-            return Source("in the hub's cache: no network needed", config=_read_config(folder))
+            return Source("in the hub's cache: no network needed", folder=folder)
         why = hub.explain(name, kind, error).rstrip(".")
         return Source(f"cannot be loaded from the hub: {why}", "stop", otherwise)
     what = f"{_size(download)} to download" if download else "in the hub's cache"
     found = f"on the hub, {_size(sum(sizes.values()))}: {what}"
-    return Source(found, download=download, config=folder and _read_config(folder))
-
-
-def _read_config(folder: str | Path) -> PreTrainedConfig | None:
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError):  # loading it will say what is wrong
-        return None
+    return Source(found, download=download, folder=folder)
 
 
 def _size(count: int) -> str:

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_helpers.fast.kernels import threshold
+
 _BLOCK = tl.constexpr(1024)  # elements of a program
 
 
@@ -143,11 +145,6 @@ def _heads_backward(
     tl.store(grad + to + key_heads * SIZE, summed, one_row)
 
 
-def _least(rate: float) -> int:
-    """Return what an int32 hash must reach for its element to be kept: `kernels.threshold`."""
-    return 2 * round(rate * 2**31) - 2**31
-
-
 def _matrix(x: torch.Tensor) -> tuple[tuple[int, int], int]:
     """Return the grid of programs for a matrix, and its width."""
     return (len(x), triton.cdiv(x.shape[1], _BLOCK.value)), x.shape[1]
@@ -159,7 +156,7 @@ def drop(x, rate, keys):
         return x
     x = x.contiguous()
     out, (grid, width) = torch.empty_like(x), _matrix(x)
-    _drop[grid](x, out, keys, _least(rate), width)
+    _drop[grid](x, out, keys, threshold(rate), width)
     return out
 
 
@@ -169,7 +166,7 @@ def drop_backward(grad, low, x, rate, keys):
         return grad.add_(low), x
     grad, low, x = grad.contiguous(), low.contiguous(), x.contiguous()
     kept, (grid, width) = torch.empty_like(x), _matrix(x)
-    _drop_backward[grid](grad, low, x, kept, keys, _least(rate), width)
+    _drop_backward[grid](grad, low, x, kept, keys, threshold(rate), width)
     return grad, kept
 
 
@@ -178,7 +175,7 @@ def swiglu(gate, up, rate, keys):
     gate, up = gate.contiguous(), up.contiguous()
     hidden, (grid, width) = torch.empty_like(gate), _matrix(gate)
     kept = hidden if rate == 0 else torch.empty_like(gate)
-    _swiglu[grid](gate, up, hidden, kept, keys, _least(rate), width, rate > 0)
+    _swiglu[grid](gate, up, hidden, kept, keys, threshold(rate), width, rate > 0)
     return hidden, kept
 
 
@@ -187,7 +184,7 @@ def swiglu_backward(grad, low, gate, up, rate, keys):
     grad, low, gate, up = (x.contiguous() for x in (grad, low, gate, up))
     grad_gate, kept, (grid, width) = torch.empty_like(gate), torch.empty_like(gate), _matrix(gate)
     _swiglu_backward[grid](
-        grad, low, gate, up, grad_gate, kept, keys, _least(rate), width, rate > 0
+        grad, low, gate, up, grad_gate, kept, keys, threshold(rate), width, rate > 0
     )
     return grad_gate, grad, kept
 

@@ -2,16 +2,19 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from qlora_helpers.errors import WorkspaceError, reason
-from qlora_helpers.run.files import DAMAGE, FAILURES, put_in_place, remove, write_text, writing
+from qlora_helpers.run.files import DAMAGE, FAILURES, put_in_place, remove, write_text
 from qlora_helpers.run.manifest import check_files, manifest_of, read_manifest, sealed
 
 KEPT = 2  # the one before the newest, in case that is damaged
+_NAME = re.compile(r"checkpoint-(\d+)(\.tar)?(\.partial)?")
+_NOTE = "note.txt"  # marks the folder as ours
 
 
 class Checkpoints:
@@ -47,13 +50,16 @@ class Checkpoints:
                 manifest = read_manifest(path / "manifest.json")
                 check_files(manifest["files"], path)
                 stored, known = manifest["identity"], {"manifest.json", *manifest["files"]}
+                settings = dict(stored["settings"])
+                if manifest["step"] != step:
+                    raise ValueError(f"its manifest is that of step {manifest['step']}")
                 if extra := {part.name for part in path.iterdir()} - known:
                     raise ValueError(f"its manifest does not name {min(extra)}")
             except DAMAGE as error:
                 print(f"{path} is not complete ({reason(error)}): skipped.")
                 continue
             if stored != self.identity:
-                raise self._other_training(path, stored["settings"])
+                raise self._other_training(path, settings)
             self.step = step
             return path, manifest
         return None
@@ -101,25 +107,46 @@ class Checkpoints:
         return True
 
     def prepare(self) -> None:
-        """Raise WorkspaceError now, not after hours of training, if nothing can be written here."""
+        """Raise WorkspaceError now, not after hours of training, if nothing can be written here, or
+        if something else is here."""
+        if foreign := self._foreign():
+            raise WorkspaceError(
+                f"{foreign} is not of this run, which keeps its checkpoints there. Nothing was "
+                "changed. Move it elsewhere; then run this notebook again."
+            )
         note = "The checkpoints of an unfinished training. To start it over, delete this folder.\n"
-        with writing(self.folder):
-            write_text(self.folder / "note.txt", note)
+        write_text(self.folder / _NOTE, note)
+
+    def _foreign(self) -> Path | None:
+        """Return what is in the folder and not of a training, unless the folder has our note."""
+        if os.path.lexists(self.folder / _NOTE):
+            return None
+        for path in self.folder.glob("*"):
+            name = _NAME.fullmatch(path.name)
+            is_ours = name and (name[3] or os.path.lexists(path / "manifest.json"))
+            if not is_ours and not path.name.startswith(_NOTE):
+                return path
+        return None
 
     def copied(self, seconds: float) -> bool:
         """Return True if there is no mirror, or within `seconds` it has all checkpoints."""
         return self.mirror is None or self.mirror.done(seconds)
 
     def finish(self) -> None:
-        """Remove them all, here and, once what was published is there, from the mirror."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove them all, here and, once what was published is there, from the mirror. Something
+        else that is here stays."""
+        if not self._foreign():
+            prune(self.folder, -1)
+            with contextlib.suppress(OSError):
+                remove(self.folder / _NOTE)
+                self.folder.rmdir()
         if self.mirror:
             self.mirror.clear_checkpoints()
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    named = [(re.fullmatch(r"checkpoint-(\d+)(\.tar)?", p.name), p) for p in folder.glob("*")]
-    return sorted((int(match[1]), path) for match, path in named if match)
+    named = [(_NAME.fullmatch(path.name), path) for path in folder.glob("*")]
+    return sorted((int(name[1]), path) for name, path in named if name and not name[3])
 
 
 def prune(folder: Path, step: int) -> None:
@@ -127,6 +154,6 @@ def prune(folder: Path, step: int) -> None:
     and partial ones of a run that was killed."""
     kept = [path for number, path in _numbered(folder) if number <= step][-KEPT:]
     for path in folder.glob("checkpoint-*"):
-        if path not in kept:
+        if path not in kept and _NAME.fullmatch(path.name):
             with contextlib.suppress(OSError):
                 remove(path)

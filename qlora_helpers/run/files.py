@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import shutil
@@ -19,7 +20,7 @@ FAILURES = (OSError, RuntimeError, SafetensorError)
 # what reading damaged content raises, and with OSError what reading a damaged file raises
 _CONTENT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, tarfile.TarError)
 DAMAGE = (OSError, *_CONTENT)
-_digests: dict[tuple[int, ...], str] = {}  # the SHA-256 of files that were read before
+_LARGEST, _LARGEST_TEXT = 2**34, 2**26  # in bytes: a sparse file can claim any size
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -41,9 +42,7 @@ def copy_folder(source: Path, target: Path) -> None:
     """Copy a folder of files, whole or not at all. Raises OSError."""
     partial = target.with_name(target.name + ".partial")
     remove(partial)
-    partial.mkdir(parents=True)
-    for path in source.iterdir():
-        shutil.copyfile(path, partial / path.name)
+    shutil.copytree(source, partial, copy_function=shutil.copyfile)
     put_in_place(partial, target)
 
 
@@ -65,52 +64,52 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def cannot_write(path: Path, error: Exception) -> WorkspaceError:
-    """Return the error to raise when writing `path` failed."""
-    return WorkspaceError(
-        f"{path} cannot be written ({reason(error)}). Free some space there, or name another "
-        "folder in QLORA_WORKSPACE; then run this notebook again."
-    )
-
-
 @contextlib.contextmanager
 def writing(path: Path):
     """Turn what a library raises when it cannot write `path` into a WorkspaceError."""
     try:
         yield
     except FAILURES as error:
-        raise cannot_write(path, error) from error
+        raise WorkspaceError(
+            f"{path} cannot be written ({reason(error)}). Free some space there, or name another "
+            "folder in QLORA_WORKSPACE; then run this notebook again."
+        ) from error
 
 
-def ordinary(path: Path) -> int:
-    """Return the size of a file in bytes. Raises OSError unless it is an ordinary file: reading a
-    pipe would never end."""
+def ordinary(path: Path, largest: int = _LARGEST) -> int:
+    """Return the size of a file in bytes. Raises OSError unless it is an ordinary file of at most
+    `largest` bytes: reading a pipe would never end."""
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(errno.EINVAL, "Not an ordinary file", str(path))
+    if facts.st_size > largest:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
     return facts.st_size
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of an ordinary file. Raises OSError."""
-    ordinary(path)
+    """Return the bytes of an ordinary file that is not large. Raises OSError."""
+    ordinary(path, _LARGEST_TEXT)
     return path.read_bytes()
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of an ordinary file. A file that does not change is read once."""
+    """Return the SHA-256 of an ordinary file, not of one that a link names. A file that does not
+    change is read once. Raises OSError."""
+    if path.is_symlink():
+        raise OSError(errno.EINVAL, "Not an ordinary file", str(path))
     ordinary(path)
     facts = os.stat(path)
-    key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
-    if key in _digests:
-        return _digests[key]
     # file systems count time in milliseconds: another change at this moment would not show
     settled = time.time_ns() - facts.st_mtime_ns > 10**8
+    read = _sha256 if settled else _sha256.__wrapped__
+    return read(path, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.cache
+def _sha256(path: Path, *facts: int) -> str:
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if settled:
-        _digests[key] = digest
-    return digest
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def nearest(folder: Path) -> Path:

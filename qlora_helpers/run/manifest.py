@@ -10,14 +10,19 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tqdm.utils import CallbackIOWrapper
 
-from qlora_helpers.run.files import read_file, sha256
+from qlora_helpers.run.files import ordinary, read_file, sha256
+
+_CHECKPOINT = {"files": dict, "written": str, "step": int, "identity": dict, "facts": dict}
+_PUBLICATION = {"files": dict, "written": str, "notebook": str, "fingerprint": str}
+_PUBLICATION |= {"config": dict, "inputs": dict, "replaces": list}
 
 
 def manifest_of(root: Path, names: Iterable[str], **content) -> dict:
@@ -46,7 +51,32 @@ def read_manifest(source: Path | bytes) -> dict:
     manifest = json.loads(source if isinstance(source, bytes) else read_file(source))
     if not isinstance(manifest, dict) or manifest.pop("seal", None) != digest_of(manifest):
         raise ValueError("it is torn, or was changed after it was written")
+    _check_form(manifest)
     return manifest
+
+
+def _check_form(manifest: dict) -> None:
+    """Raise ValueError unless a manifest holds what ours do. Its names become paths: none may lead
+    out of its folder. The seal does not tell who wrote it."""
+    for name, kind in (_CHECKPOINT if "step" in manifest else _PUBLICATION).items():
+        if type(manifest.get(name)) is not kind:
+            raise ValueError(f"its {name} is not a {kind.__name__}")
+    for name in manifest["files"]:
+        path = PurePosixPath(name)
+        if "\0" in name or not path.parts or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"its files name {name!r}, which is not inside its folder")
+    if "step" in manifest:
+        return
+    if not all(isinstance(version, str) for version in manifest["replaces"]):
+        raise ValueError("its replaces are not all versions")
+    if not re.fullmatch("[0-9a-f]{64}", manifest["fingerprint"]):
+        raise ValueError("its fingerprint is not a SHA-256")
+    if not re.fullmatch(r"\w+", manifest["notebook"]):
+        raise ValueError("its notebook is not the name of one")
+    for name in manifest["inputs"]:
+        # checking an input checks its own ones: this would not end, were one not earlier
+        if not re.fullmatch(r"\w+", name) or name >= manifest["notebook"]:
+            raise ValueError(f"its inputs name {name!r}, which is no earlier notebook")
 
 
 def check_files(files: dict[str, str], root: Path) -> None:
@@ -84,6 +114,7 @@ def read_archive(
 
     Raises OSError if the archive cannot be read, another of `files.DAMAGE` if it is damaged.
     """
+    ordinary(path)
     with contextlib.ExitStack() as stack:
         file = CallbackIOWrapper(count, stack.enter_context(open(path, "rb")))
         tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))

@@ -13,8 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback
 
-from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError, reason
+from qlora_helpers.errors import (
+    ModelError,
+    QLoraError,
+    TrainingStopped,
+    WorkspaceError,
+    reason,
+)
 from qlora_helpers.run.checkpoints import Checkpoints
+from qlora_helpers.run.files import DAMAGE, FAILURES
 
 
 class _Schedule(TrainerCallback):
@@ -23,6 +30,7 @@ class _Schedule(TrainerCallback):
     def __init__(self, trainer: "ResumableTrainer", minutes: float, steps: int | None):
         self.trainer, self.minutes, self.steps = trainer, minutes, steps
         self.stop, self.saved = False, 0.0
+        self.began = False  # a step: what was wrong with a checkpoint shows before
         self.random_state = None  # before the running step, until its optimizer step begins
 
     def signalled(self, number, frame):
@@ -34,6 +42,7 @@ class _Schedule(TrainerCallback):
         self.saved = time.monotonic()
 
     def on_step_begin(self, *args, **kwargs):
+        self.began = True
         self.random_state = torch.get_rng_state()
 
     def on_pre_optimizer_step(self, *args, **kwargs):
@@ -128,12 +137,13 @@ class ResumableTrainer(Trainer):
             none can be written; ModelError if memory runs out.
         """
         self.checkpoints, folder = checkpoints, None
+        self.schedule.stop = self.schedule.began = False
         main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if main else ()  # others may not handle signals
         handlers = {number: signal.signal(number, self.schedule.signalled) for number in numbers}
         try:
-            folder = self._find(identity)
             checkpoints.prepare()
+            folder = self._find(identity)
             self.train(resume_from_checkpoint=folder)
         except KeyboardInterrupt:
             step, random_state = self.state.global_step, self.schedule.random_state
@@ -144,15 +154,19 @@ class ResumableTrainer(Trainer):
                 self._save_checkpoint(self.model, None)
             progress = f"{step} of {self.state.max_steps}"
             raise TrainingStopped(f"Stopped at step {progress}. {self._kept()}") from None
-        except UnpicklingError as error:
-            raise WorkspaceError(
-                f"{folder} holds objects that could run code ({reason(error)}). It was not "
-                "loaded: delete it, and run this notebook again from its start."
-            ) from None
         except torch.OutOfMemoryError as error:
             raise ModelError(
                 f"memory ran out after step {self.state.global_step} ({reason(error)}). Restart "
                 f"the runtime, so that nothing else holds memory. {self._kept()}"
+            ) from None
+        except (UnpicklingError, *DAMAGE, *FAILURES) as error:
+            if folder is None or self.schedule.began or isinstance(error, QLoraError):
+                raise
+            is_code = isinstance(error, UnpicklingError)
+            what = "objects that could run code" if is_code else "no state of this training"
+            raise WorkspaceError(
+                f"{folder} holds {what} ({reason(error)}). It was not loaded: delete it, and run "
+                "this notebook again from its start."
             ) from None
         finally:
             for number, handler in handlers.items():

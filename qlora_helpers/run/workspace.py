@@ -1,20 +1,28 @@
 """The folder of a run, and the manifests by which one notebook trusts the work of another."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+import psutil
 
 from qlora_helpers.errors import WorkspaceError, reason
 from qlora_helpers.run.checkpoints import Checkpoints
 from qlora_helpers.run.files import DAMAGE, read_file, remove, sha256, write_file, writing
+from qlora_helpers.run.lock import Lock, refuse_foreign, refuse_links
 from qlora_helpers.run.manifest import digest_of, manifest_of, read_manifest, sealed, version_of
 
+_began = psutil.Process().create_time()  # of this process, then its last publication
 _PACKAGES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"]
+
+
+def seconds_since_publishing() -> float:
+    """Return the seconds since this process last published something, or else since it began."""
+    return time.time() - _began
 
 
 class Workspace:
@@ -27,7 +35,8 @@ class Workspace:
         self.path, self.mirror = Path(path), mirror
         self.opened = {}  # the fingerprints of what `open` required
         self._replaced = {}  # the manifests that `set_aside` moved
-        self._lock = FileLock(self / ".lock", timeout=0)
+        self._written = {}  # the SHA-256 of what `write` wrote, by name
+        self.hold = Lock(self.path).hold
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -37,34 +46,12 @@ class Workspace:
         inside = self.path.is_relative_to(here)  # the same on every machine
         return str(self.path.relative_to(here) if inside else self.path)
 
-    @contextlib.contextmanager
-    def hold(self, purpose: str):
-        """Return a context in which no other process writes here; it may be nested. Raises
-        WorkspaceError that names the process which does."""
-        note = self / ".lock.txt"
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if not (self / ".lock").is_file():
-                remove(self / ".lock")
-            try:
-                held = self._lock.acquire()
-            except Timeout:
-                holder = note.read_text("utf-8", "replace") if note.is_file() else "not known which"
-                raise WorkspaceError(
-                    f"another notebook is writing to {self.path} ({holder}). Nothing was written. "
-                    "Wait for it, or stop it; then run this notebook again."
-                ) from None
-        with held:
-            if self._lock.lock_counter == 1:
-                since = time.strftime("%H:%M:%S UTC", time.gmtime())
-                with contextlib.suppress(OSError):  # the note is not worth an error
-                    note.write_text(f"{purpose}, process {os.getpid()}, since {since}", "utf-8")
-            yield
-
     def write(self, name: str, data: bytes | str) -> None:
         """Write the file `name` whole or not at all. Raises WorkspaceError."""
+        data = data.encode() if isinstance(data, str) else data
         with self.hold(name):
-            write_file(self / name, data.encode() if isinstance(data, str) else data)
+            write_file(self / name, data)
+        self._written[name] = hashlib.sha256(data).hexdigest()
 
     def publish(
         self, notebook: str, config: dict, files: list[str], inputs: tuple[str, ...] = (), **facts
@@ -77,9 +64,10 @@ class Workspace:
             files: files or folders inside the workspace.
             inputs: the notebooks whose files it read.
             facts: more for the manifest, which is returned.
-        Raises: OSError if a file is missing; WorkspaceError if the manifest cannot be written, or
-            if one of `inputs` has run again since it was opened.
+        Raises: WorkspaceError if a file is missing or another notebook has written it, if the
+            manifest cannot be written, or if one of `inputs` has run again since it was opened.
         """
+        global _began
         with self.hold(notebook):
             inputs = self.fingerprints(*inputs)
             paths = []
@@ -88,7 +76,20 @@ class Workspace:
             names = [p.relative_to(self.path).as_posix() for p in paths if not p.is_dir()]
             config = json.loads(json.dumps(config))
             facts |= {"notebook": notebook, "config": config, "inputs": inputs}
-            manifest = manifest_of(self.path, names, **facts)
+            facts["seconds"] = round(seconds_since_publishing(), 1)
+            try:
+                manifest = manifest_of(self.path, names, **facts)
+            except OSError as error:
+                raise WorkspaceError(
+                    f"{error.filename} cannot be published ({reason(error)}). Run this notebook "
+                    "again from its start."
+                ) from error
+            for name, digest in manifest["files"].items():
+                if self._written.get(name, digest) != digest:
+                    raise WorkspaceError(
+                        f"{self / name} is not what this notebook wrote: another one has written "
+                        "there since. Run this notebook again from its start."
+                    )
             identity = {name: manifest[name] for name in ("config", "files", "inputs")}
             manifest |= {"fingerprint": digest_of(identity), "replaces": []}
             if old := self.read(notebook) or self._replaced.get(notebook):
@@ -96,6 +97,7 @@ class Workspace:
                 manifest["replaces"] = old["replaces"] + ([] if same else [version_of(old)])
             manifest["versions"] = {name: importlib.metadata.version(name) for name in _PACKAGES}
             self.write(f"manifests/{notebook}.json", sealed(manifest))
+        _began = time.time()
         self._push()
         return manifest
 
@@ -131,23 +133,20 @@ class Workspace:
         remedy = f"Run notebooks/{notebook}.ipynb {again}."
         try:
             manifest = read_manifest(path)
-            files, inputs = manifest["files"], manifest["inputs"]
         except FileNotFoundError:
             raise WorkspaceError(f"{self} holds nothing from {notebook} yet. {remedy}") from None
         except DAMAGE as error:
             raise WorkspaceError(f"{path} cannot be read ({reason(error)}). {remedy}") from error
         if manifest["notebook"] != notebook:
             raise WorkspaceError(f"{path} is the manifest of {manifest['notebook']}. {remedy}")
-        for name, digest in files.items():
-            problem = None
+        for name, digest in manifest["files"].items():
             try:
-                if sha256(self / name) != digest:
-                    problem = f"is not what {notebook} wrote"
+                problem = f"is not what {notebook} wrote" if sha256(self / name) != digest else ""
             except OSError as error:
                 problem = f"cannot be read ({reason(error)})"
             if problem:
                 raise WorkspaceError(f"{self / name} {problem}. {remedy}")
-        for name, fingerprint in inputs.items():
+        for name, fingerprint in manifest["inputs"].items():
             if self.require(name)["fingerprint"] != fingerprint:
                 raise WorkspaceError(
                     f"what {notebook} wrote was made before {name} was run with other settings or "
@@ -169,19 +168,19 @@ class Workspace:
         WorkspaceError if it is not whole."""
         if not self.has(notebook) and not os.path.lexists(self / name):
             return None
-        self.require(notebook)
         return self.read_json(notebook, name)
 
     def read_json(self, notebook: str, name: str) -> dict:
-        """Return what `notebook` wrote to the JSON file `name`, which its manifest checks if it has
-        published. Raises WorkspaceError that names the problem and the notebook to run."""
-        if self.has(notebook):
-            self.require(notebook)
-        path, remedy = self / name, f"Run notebooks/{notebook}.ipynb again."
+        """Return what `notebook` wrote to the JSON file `name`. Raises WorkspaceError that names
+        the problem and the notebook to run."""
+        self.require(notebook)
         try:
-            return json.loads(read_file(path))
-        except (OSError, ValueError) as error:
-            raise WorkspaceError(f"{path} cannot be read ({reason(error)}). {remedy}") from error
+            return json.loads(read_file(self / name))
+        except DAMAGE as error:
+            raise WorkspaceError(
+                f"{self / name} cannot be read ({reason(error)}). Run notebooks/{notebook}.ipynb "
+                "again."
+            ) from error
 
     def earlier_json(self, name: str) -> dict[str, dict]:
         """Return the JSON file `name` of each folder in earlier/. A damaged one is left out, with a
@@ -192,7 +191,10 @@ class Workspace:
                 manifest = path.with_name("manifest.json")
                 if manifest.exists() and read_manifest(manifest)["files"][name] != sha256(path):
                     raise ValueError("it is not what was set aside")
-                contents[path.parent.name] = json.loads(read_file(path))
+                content = json.loads(read_file(path))
+                if not isinstance(content, dict):
+                    raise ValueError("it is not a JSON object")
+                contents[path.parent.name] = content
             except DAMAGE as error:
                 print(f"{path} is left out ({reason(error)}). Delete its folder if it is unwanted.")
         return contents
@@ -227,7 +229,10 @@ class Workspace:
             self.mirror.wait()
 
     def pull(self) -> None:
-        """Bring what is newer in the mirror, and copy to it what it lacks, in the background."""
+        """Bring what is newer in the mirror, and copy to it what it lacks, in the background.
+        Raises WorkspaceError if the folder holds something else than a run."""
+        refuse_links(self.path)
+        refuse_foreign(self.path)
         if self.mirror:
             with self.hold("reading Google Drive"):
                 self.mirror.pull(self)
@@ -250,11 +255,9 @@ class Workspace:
 
     def read(self, notebook: str) -> dict | None:
         """Return the manifest of `notebook`, whatever its files are; None if it is damaged."""
-        try:
+        with contextlib.suppress(*DAMAGE):
             manifest = read_manifest(self.manifest_path(notebook))
             return manifest if manifest["notebook"] == notebook else None
-        except DAMAGE:
-            return None
 
     def manifest_path(self, notebook: str) -> Path:
         """Return the path of a manifest."""

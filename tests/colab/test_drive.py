@@ -1,6 +1,6 @@
 """A Colab machine, simulated (see tests/fake_colab): its Drive, and what its failures say."""
 
-import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,8 +9,6 @@ import stages
 from qlora_helpers import RunConfig, find_workspace, open_workspace
 from qlora_helpers.colab import drive, machine
 from qlora_helpers.errors import ConfigError, WorkspaceError
-
-LONG = 300  # seconds: what answers does so in time, on a busy machine too
 
 
 @pytest.fixture
@@ -43,7 +41,7 @@ def test_drive_is_asked_for_once_and_named_after_the_run(content, monkeypatch, c
     run = _set_up()
     assert run.path == content / "runs" / "cpu"
     assert run.mirror.folder == content / "drive" / "MyDrive" / "qlora_ag_news" / "cpu"
-    assert "Colab asks for Google Drive now, for 300 seconds" in capsys.readouterr().out
+    assert "Colab asks for Google Drive now, for 120 seconds" in capsys.readouterr().out
     monkeypatch.setenv("QLORA_WORKSPACE", "runs/mine")
     assert find_workspace().mirror.folder.name == "mine"
     assert _asked() == [str(content / "drive")]
@@ -63,22 +61,58 @@ def test_without_drive_the_run_goes_on_and_a_line_says_why(
     content, monkeypatch, capsys, behaviour, why
 ):
     monkeypatch.setenv("FAKE_DRIVE", behaviour)
-    with monkeypatch.context() as patch:
-        patch.setattr(drive, "MOUNT_SECONDS", 0.3 if behaviour == "hangs" else LONG)
-        assert _set_up().mirror is None
+    if behaviour == "hangs":
+        monkeypatch.setattr(drive, "ANSWER_SECONDS", 0.2)
+        monkeypatch.setattr(drive, "MOUNT_SECONDS", 0.1)
+    assert _set_up().mirror is None
     assert (
         f"Without Google Drive ({why}): this run's files stay on this machine and go when its "
         "runtime does, and the other notebooks, which get machines of their own, will not find "
         "them. To have Drive: Runtime > Restart session and run all, and allow it."
     ) in capsys.readouterr().out
-    assert open_workspace()[0].mirror is None
-    # an answer that came too late
-    (content / "drive" / "MyDrive").mkdir(parents=True, exist_ok=True)
-    assert find_workspace().mirror is None and len(_asked()) == 1
+    assert open_workspace()[0].mirror is None and len(_asked()) == 1
     assert capsys.readouterr().out == ""
-    shutil.rmtree(content / "drive")
+    # it was allowed too late, or mounted by hand
+    (content / "drive" / "MyDrive").mkdir(parents=True, exist_ok=True)
+    run = find_workspace()
+    assert "Google Drive is there now: this run is copied to it." in capsys.readouterr().out
+    run.push()
+    assert [path.name[:8] for path in run.mirror.folder.iterdir()] == ["01_setup"]
+    assert len(_asked()) == 1
+
+
+def test_the_form_asks_again(content, monkeypatch):
+    monkeypatch.setenv("FAKE_DRIVE", "declined")
+    assert find_workspace(True).mirror is None
     monkeypatch.setenv("FAKE_DRIVE", "allowed")
-    assert find_workspace(True).mirror  # the form's cell, run again
+    assert find_workspace().mirror is None and len(_asked()) == 1
+    assert find_workspace(True).mirror and len(_asked()) == 2
+
+
+def test_the_answer_and_the_mount_have_clocks_of_their_own(content, monkeypatch, tmp_path, capsys):
+    """The reader's answer comes when the dialog's time is over; Drive is mounted then."""
+    monkeypatch.setenv("FAKE_DRIVE", "hangs")
+    monkeypatch.setattr(drive, "ANSWER_SECONDS", 0.1)
+    threading.Timer(0.5, (tmp_path / "answer").touch).start()
+    assert find_workspace().mirror
+    assert "Without Google Drive" not in capsys.readouterr().out
+
+
+def test_a_question_that_a_stopped_cell_left_open_is_not_asked_twice(
+    content, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("FAKE_DRIVE", "hangs")
+    question = _asked()  # imports the package in the main thread
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(drive, "follow", stop)
+        find_workspace()
+    threading.Timer(0.5, (tmp_path / "answer").touch).start()
+    assert find_workspace().mirror and len(question) == 1
+    assert "is still open: answer that one." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("variable", "form"), [("0", None), ("0", True), ("", False)])

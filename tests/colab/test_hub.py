@@ -1,6 +1,7 @@
 """Files of the hub, over real sockets: what is fetched, what is cached, and how it fails."""
 
 import json
+import traceback
 from pathlib import Path
 
 import pandas as pd
@@ -8,7 +9,7 @@ import pytest
 from fake_hub import COMMIT, FakeHub
 from huggingface_hub import constants
 
-from qlora_helpers import HeadlineClassifier
+from qlora_helpers import HeadlineClassifier, model
 from qlora_helpers.colab import hub
 from qlora_helpers.config import AG_NEWS, PROFILES, RunConfig
 from qlora_helpers.data import load_rows
@@ -81,11 +82,13 @@ def test_what_loading_reads_is_fetched_once_and_no_network_is_then_needed(
             split: {"raw": [f"{split} one", f"{split} two"], "label": [2, 0]}
             for split in ("train", "test")
         }
+        model._fetched.clear()
         assert len(load_tokenizer(CONFIG)) == 49152
-        model = load_base_model(CONFIG)
-        assert (model.name_or_path, model.config._commit_hash) == (MODEL, COMMIT)
+        loaded = load_base_model(CONFIG)
+        assert (loaded.name_or_path, loaded.config._commit_hash) == (MODEL, COMMIT)
 
     check()
+    assert server.requests.count(f"GET api/models/{MODEL}") == 1
     assert fetched(server) == set(checkpoint) | set(news) - {"README.md"}
     for server.status in (200, 503, 429):
         server.requests.clear()
@@ -103,7 +106,7 @@ def test_what_loading_reads_is_fetched_once_and_no_network_is_then_needed(
         (401, "model", "with no token the hub answers 401. Check the name; a private model needs"),
         (403, "model", "it has conditions, and with no token the hub answers 403. Accept them at"),
         (404, "dataset", "there is no such dataset (404). Check the name."),
-        (429, "model", "too many requests came from this address (429). Wait a few minutes"),
+        (429, "model", "this address asked too often (429). Wait a few minutes, or set HF_TOKEN."),
         (500, "model", "the hub itself is out of order (500). Wait a few minutes and try again."),
         (503, "dataset", "the hub itself is out of order (503). Wait a few minutes"),
     ],
@@ -169,12 +172,35 @@ def test_a_hub_that_is_not_there(server, monkeypatch):
     assert refused("some/one") == why
 
 
+def unwritable(why: str) -> str:
+    cache = constants.HF_HUB_CACHE
+    return f"{cache} cannot be written ({why}). Make room there, or set HF_HOME to another folder."
+
+
 def test_a_full_disk(server, monkeypatch):
     server.repositories["some/one"] = {"model.safetensors": b"x"}
     full = OSError(28, "No space left on device")
     monkeypatch.setattr(hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(full))
-    cache = constants.HF_HUB_CACHE
-    assert refused("some/one") == f"the disk of {cache} is full. Make room, or set HF_HOME."
+    assert refused("some/one") == unwritable("No space left on device")
+
+
+def test_an_unwritable_cache(server, monkeypatch, tmp_path):
+    server.repositories["some/one"] = {"model.safetensors": b"x"}
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "a file" / "cache"))
+    assert refused("some/one") == unwritable("Not a directory")
+
+
+@pytest.mark.parametrize("status", [403, 503, 0])
+def test_a_password_for_the_hub_is_not_printed(server, monkeypatch, capfd, status):
+    monkeypatch.setattr(constants, "ENDPOINT", server.url.replace("//", "//me:secret@"))
+    server.status = status
+    if status == 0:
+        server.close()
+    with pytest.raises(ModelError) as raised:
+        fetch("some/one")
+    said = "".join([*traceback.format_exception(raised.value), *capfd.readouterr()])
+    assert "some/one cannot be loaded" in said and "secret" not in said
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "no such name"])

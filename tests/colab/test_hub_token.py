@@ -8,12 +8,10 @@ import pytest
 from huggingface_hub import constants
 
 from qlora_helpers import RunConfig, find_workspace
-from qlora_helpers.colab import hub_token
 from qlora_helpers.colab.hub_token import use_token
 from qlora_helpers.config import AG_NEWS, PROFILES
 
 SECRET = "hf_" + "Secret" * 5
-LONG = 300  # seconds: what answers does so in time, on a busy machine too
 HUB_CONFIG = RunConfig(**PROFILES["cpu"] | {"profile": "cpu", "data": AG_NEWS})
 
 
@@ -42,17 +40,10 @@ def _asked() -> list:
             "can only be fetched when running from the Colab UI): going on without it.",
             True,
         ),
-        (
-            "hangs",
-            None,
-            "Colab's secret HF_TOKEN did not come (no answer within 0.3 s): going on without it.",
-            True,
-        ),
     ],
 )
 def test_the_token_of_colabs_secrets(monkeypatch, capsys, behaviour, source, note, warning):
     monkeypatch.setenv("FAKE_SECRET", behaviour)
-    monkeypatch.setattr(hub_token, "SECRET_SECONDS", 0.3 if behaviour == "hangs" else LONG)
     token = use_token(HUB_CONFIG)
     assert (token.source, token.note, token.warning) == (source, note, warning)
     assert huggingface_hub.get_token() == os.environ.get("HF_TOKEN") == (SECRET if source else None)

@@ -82,6 +82,7 @@ def refused(begin, drive, patch):
 def late_answer(begin, drive, patch):
     """The reader answers when the run has gone on already."""
     patch.setenv("FAKE_DRIVE", "hangs")
+    patch.setattr(drive_module, "ANSWER_SECONDS", 0)
     patch.setattr(drive_module, "MOUNT_SECONDS", 0.3)
     content = begin()
     find_workspace()
@@ -404,7 +405,7 @@ def test_a_checkpoint_of_another_training_is_replaced(tmp_path):
     run, root = mirror.Mirror(tmp_path, "cpu"), tmp_path / "checkpoint"
     for step, content in [(1, "one"), (2, "two"), (3, "three"), (3, "three, other settings")]:
         write_text(root / "state", content)
-        manifest = manifest_of(root, ["state"], step=step)
+        manifest = manifest_of(root, ["state"], step=step, identity={}, facts={})
         run.push("checkpoint", f"checkpoint-{step}", root, manifest)
         assert run.done(LONG)
     archives = {

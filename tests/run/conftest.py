@@ -3,6 +3,8 @@
 import pytest
 import stages
 
+from qlora_helpers.errors import TrainingStopped
+
 
 @pytest.fixture(scope="package")
 def uninterrupted(tiny, tmp_path_factory) -> dict:
@@ -28,3 +30,29 @@ def prepared(tiny, workspace):
         return run, stages.trainer_for(run, config, **options)
 
     return prepare
+
+
+@pytest.fixture
+def stopped(prepared):
+    """A function that stops a training in the second micro-batch after `step` steps."""
+
+    def stop(step: int, **options) -> str:
+        run, trainer = prepared(**options)
+        stages.stop_at(trainer, step)
+        with pytest.raises(TrainingStopped) as error:
+            stages.fit(run, trainer)
+        return str(error.value)
+
+    return stop
+
+
+@pytest.fixture
+def finish(workspace):
+    """A function that trains to the end, evaluates, and returns the result."""
+
+    def finish(prepare, **options) -> dict:
+        stages.fit(*prepare(**options))
+        stages.evaluate()
+        return stages.result(workspace)
+
+    return finish

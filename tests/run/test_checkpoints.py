@@ -16,29 +16,16 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
-def _stop(prepared, step: int, **options):
-    """Stop a training after `step` steps, and return its workspace and trainer."""
-    run, trainer = prepared(**options)
-    stages.stop_at(trainer, step)
-    with pytest.raises(TrainingStopped):
-        stages.fit(run, trainer)
-    return run, trainer
-
-
-def _finish(prepared, workspace) -> dict:
-    stages.fit(*prepared())
-    stages.evaluate()
-    return stages.result(workspace)
-
-
-def test_a_torn_checkpoint_is_skipped_with_a_line(prepared, workspace, uninterrupted, capsys):
-    _stop(prepared, 5, checkpoint_steps=1)
+def test_a_torn_checkpoint_is_skipped_with_a_line(
+    stopped, prepared, finish, workspace, uninterrupted, capsys
+):
+    stopped(5, checkpoint_steps=1)
     folder = workspace / "checkpoints"
     assert _names(folder) == ["checkpoint-4", "checkpoint-5"]
     with open(folder / "checkpoint-5" / "optimizer.pt", "r+b") as file:
         file.truncate(1000)
     shutil.copytree(folder / "checkpoint-4", folder / "checkpoint-9.partial")
-    assert _finish(prepared, workspace) == uninterrupted
+    assert finish(prepared) == uninterrupted
     printed = capsys.readouterr().out
     assert "checkpoint-5 is not complete (optimizer.pt is not what its manifest" in printed
     assert "Going on from the checkpoint of step 4 of 12" in printed
@@ -49,11 +36,11 @@ def test_a_checkpoint_with_a_file_that_its_manifest_does_not_name_is_skipped(tmp
     identity = {"settings": {"seed": 1}, "data": "rows"}
     assert checkpoints.newest(identity) is None
     for step in (1, 2, 10, 11):
-        assert checkpoints.write(step, lambda folder: (folder / "state").touch(), facts=step)
+        assert checkpoints.write(step, lambda folder: (folder / "state").touch(), facts={})
     assert _names(tmp_path) == ["checkpoint-10", "checkpoint-11"]
     (tmp_path / "checkpoint-11" / "scaler.pt").touch()
     path, manifest = checkpoints.newest(identity)
-    assert (path.name, manifest["facts"]) == ("checkpoint-10", 10)
+    assert (path.name, manifest["step"]) == ("checkpoint-10", 10)
     assert "11 is not complete (its manifest does not name scaler.pt)" in capsys.readouterr().out
 
 
@@ -143,10 +130,10 @@ def test_two_notebooks_in_one_workspace(prepared, workspace):
     assert len(stages.fit(run, trainer)["train"]) == 12
 
 
-def test_no_secret_is_written(prepared, workspace, monkeypatch, capfd):
+def test_no_secret_is_written(stopped, workspace, monkeypatch, capfd):
     secret = "hf_" + "Secret" * 5
     monkeypatch.setenv("HF_TOKEN", secret)
-    _stop(prepared, 7, checkpoint_steps=1)
+    stopped(7, checkpoint_steps=1)
     written = [path.read_bytes() for path in workspace.rglob("*") if path.is_file()]
     stages.train()
     written += [path.read_bytes() for path in workspace.rglob("*") if path.is_file()]

@@ -16,40 +16,20 @@ from qlora_helpers.run.files import sha256
 from qlora_helpers.run.manifest import read_manifest, sealed
 
 
-@pytest.fixture
-def stopped(prepared):
-    """A function that stops a training in the second micro-batch after `step` steps."""
-
-    def stop(step: int, **options):
-        run, trainer = prepared(**options)
-        stages.stop_at(trainer, step)
-        with pytest.raises(TrainingStopped) as error:
-            stages.fit(run, trainer)
-        return str(error.value)
-
-    return stop
-
-
 def _checkpoints(workspace: Path) -> set[str]:
     return {path.name for path in (workspace / "checkpoints").glob("checkpoint-*")}
 
 
-def _finish(prepared, workspace, **options) -> dict:
-    stages.fit(*prepared(**options))
-    stages.evaluate()
-    return stages.result(workspace)
-
-
 @pytest.mark.parametrize("step", [1, 7])
 def test_an_interrupt_within_a_step_loses_nothing(
-    stopped, prepared, workspace, uninterrupted, step
+    stopped, prepared, workspace, uninterrupted, finish, step
 ):
     assert stopped(step) == (
         f"Stopped at step {step} of 12. The checkpoint of step {step} is written: run this "
         "notebook again to go on from it."
     )
     assert _checkpoints(workspace) == {f"checkpoint-{n}" for n in (6, step) if n <= step}
-    assert _finish(prepared, workspace) == uninterrupted
+    assert finish(prepared) == uninterrupted
     assert not (workspace / "checkpoints").exists()
 
 
@@ -58,7 +38,7 @@ def test_an_interrupt_within_a_step_loses_nothing(
     [(signal.SIGTERM, 3, 1, 4), (signal.SIGINT, 3, 2, 3), (signal.SIGINT, 5, 1, 6)],
 )
 def test_a_signal_ends_training_after_the_step_and_a_second_one_at_once(
-    prepared, workspace, uninterrupted, number, step, times, reached
+    prepared, workspace, uninterrupted, finish, number, step, times, reached
 ):
     run, trainer = prepared()
     handlers, loss, sent = signal.getsignal(number), trainer.compute_loss, []
@@ -73,20 +53,20 @@ def test_a_signal_ends_training_after_the_step_and_a_second_one_at_once(
     with pytest.raises(TrainingStopped, match=f"step {reached} of 12. .* step {reached} is writ"):
         stages.fit(run, trainer)
     assert signal.getsignal(number) == handlers
-    assert _finish(prepared, workspace) == uninterrupted
+    assert finish(lambda: (run, trainer)) == uninterrupted  # with the same trainer
 
 
 def test_an_interrupt_before_the_first_step_starts_again(
-    stopped, prepared, workspace, uninterrupted
+    stopped, prepared, workspace, uninterrupted, finish
 ):
     assert "step 0 of 12. No checkpoint was written yet" in stopped(0)
-    assert _finish(prepared, workspace) == uninterrupted
+    assert finish(prepared) == uninterrupted
 
 
-def test_a_training_goes_on_with_its_own_plan(stopped, prepared, workspace, uninterrupted):
+def test_a_training_goes_on_with_its_own_plan(stopped, prepared, workspace, uninterrupted, finish):
     """Another micro-batch, which memory allows now, would round differently."""
     stopped(5)
-    assert _finish(prepared, workspace, plan=BatchPlan(8, 1, 0, None, "")) == uninterrupted
+    assert finish(prepared, plan=BatchPlan(8, 1, 0, None, "")) == uninterrupted
 
 
 def test_the_best_weights_are_written_once(stopped, workspace):
@@ -179,6 +159,19 @@ def test_only_safetensors_json_and_plain_state_are_read(stopped, prepared, works
     with pytest.raises(WorkspaceError, match=refused):
         stages.fit(*prepared())
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file", ["adapter.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_state_that_was_sealed_again_is_named(stopped, prepared, workspace, file):
+    stopped(3)
+    folder = workspace / "checkpoints" / "checkpoint-3"
+    torch.save({"odd": 1}, folder / file)
+    manifest = read_manifest(folder / "manifest.json")
+    manifest["files"][file] = sha256(folder / file)
+    (folder / "manifest.json").write_text(sealed(manifest))
+    refused = "checkpoint-3 holds no state of this training .* delete it"
+    with pytest.raises(WorkspaceError, match=refused):
+        stages.fit(*prepared())
 
 
 @pytest.mark.parametrize(("at", "said"), [(3, "the loss is nan at step 4"), (6, "validation loss")])

@@ -50,7 +50,7 @@ def test_published_work_is_read_again(run, config):
 
 @pytest.mark.parametrize("name", ["adapter", "weights.bin"])
 def test_what_is_not_there_cannot_be_published(workspace, config, name):
-    with pytest.raises(OSError, match=name):
+    with pytest.raises(WorkspaceError, match=f"{name} cannot be published .No such file"):
         Workspace(workspace).publish(TRAINING, vars(config), [name])
 
 

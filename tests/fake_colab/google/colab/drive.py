@@ -1,5 +1,6 @@
-"""FAKE_DRIVE: allowed (the default), declined, failed, unsupported, hangs, or empty (mounted,
-without MyDrive). FAKE_DRIVE_FOLDER is what the reader's Drive holds."""
+"""FAKE_DRIVE: allowed (the default), declined, failed, unsupported, hangs (until the file
+FAKE_DRIVE_ANSWER is there), or empty (mounted, without MyDrive). FAKE_DRIVE_FOLDER is what the
+reader's Drive holds."""
 
 import os
 import time
@@ -19,7 +20,9 @@ def mount(mountpoint, force_remount=False, timeout_ms=120000, readonly=False):
     if behaviour == "unsupported":
         raise NotImplementedError("google.colab.drive is unsupported in this environment.")
     if behaviour == "hangs":  # the dialog stays open: timeout_ms is not for it
-        time.sleep(300)
+        end = time.monotonic() + 300
+        while not os.path.exists(os.environ["FAKE_DRIVE_ANSWER"]) and time.monotonic() < end:
+            time.sleep(0.02)
     os.makedirs(mountpoint)
     if behaviour != "empty":
         os.symlink(os.environ["FAKE_DRIVE_FOLDER"], os.path.join(mountpoint, "MyDrive"))

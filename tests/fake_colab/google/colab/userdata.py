@@ -1,7 +1,6 @@
-"""FAKE_SECRET: missing (the default), forbidden, late, hangs, or `is VALUE`."""
+"""FAKE_SECRET: missing (the default), forbidden, late, or `is VALUE`."""
 
 import os
-import time
 
 from google.colab import errors
 
@@ -31,8 +30,6 @@ def get(key):
     behaviour = os.environ.get("FAKE_SECRET", "missing")
     if behaviour.startswith("is "):
         return behaviour[3:]
-    if behaviour == "hangs":
-        time.sleep(300)
     raise {
         "missing": SecretNotFoundError,
         "forbidden": NotebookAccessError,
