@@ -88,7 +88,8 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     folder = _checkpoint(config.base_model)
     model_config = _load(AutoConfig, folder, config)
     _check_window(model_config, config)
-    device = 0 if torch.cuda.is_available() else "cpu"
+    # of several processes, each has a GPU of its own
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
     # Weights in 4 bits bring their own quantisation config, which any other would replace.
     if not hasattr(model_config, "quantization_config"):

@@ -100,8 +100,10 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         weights = {name: p.detach().cpu() for name, p in self.trainable.items()}
-        if not self.checkpoints or not all(p.isfinite().all() for p in weights.values()):
-            return  # weights that are not numbers make the next loss an error
+        if not self.checkpoints or not self.is_world_process_zero():
+            return
+        if not all(p.isfinite().all() for p in weights.values()):
+            return  # they make the next loss an error
 
         def fill(folder: Path) -> None:
             save_file(weights, folder / "adapter.safetensors")
@@ -133,7 +135,8 @@ class ResumableTrainer(Trainer):
         handlers = {number: signal.signal(number, self.schedule.signalled) for number in numbers}
         try:
             folder = self._find(identity)
-            checkpoints.prepare()
+            if self.is_world_process_zero():
+                checkpoints.prepare()
             self.train(resume_from_checkpoint=folder)
         except KeyboardInterrupt:
             step, random_state = self.state.global_step, self.schedule.random_state
