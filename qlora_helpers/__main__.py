@@ -1,4 +1,4 @@
-"""The command line: `python -m qlora_helpers classify`, for people who are not in a notebook."""
+"""The command line: `python -m qlora_helpers classify` or `train`, without a notebook."""
 
 import argparse
 import json
@@ -11,8 +11,26 @@ _ROWS_AT_ONCE = 512  # these are written before the next are classified
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Classify as the arguments say; return 0, or 2 after one line on stderr for an error."""
+    """Do what the arguments say; return 0, or 2 after one line on stderr for an error."""
     asked = _parser().parse_args(arguments)
+    try:
+        return asked.run(asked)
+    except QLoraError as error:
+        print(f"python -m qlora_helpers: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _train(asked: argparse.Namespace) -> int:
+    from qlora_helpers.config import workspace_folder
+    from qlora_helpers.launch import train_run
+
+    train_run(asked.workspace or workspace_folder())
+    return 0
+
+
+def _classify(asked: argparse.Namespace) -> int:
     # These import torch, which takes seconds: --help does without them.
     from tqdm import tqdm
 
@@ -34,22 +52,27 @@ def main(arguments: list[str] | None = None) -> int:
                 for text, row in zip(part, rows, strict=True):
                     print(_json_line(text, row, classifier.labels))
                 sys.stdout.flush()
-    except QLoraError as error:
-        print(f"python -m qlora_helpers: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # `| head` has read enough. Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m qlora_helpers", description="Use a model that the notebooks tuned."
+        prog="python -m qlora_helpers", description="What the notebooks do, without them."
     )
-    classify = parser.add_subparsers(dest="command", required=True).add_parser(
+    commands = parser.add_subparsers(dest="command", required=True)
+    folder = "a run's folder; else $QLORA_WORKSPACE or runs/PROFILE"
+    train = commands.add_parser(
+        "train",
+        help="train, as notebook 03 does",
+        description="Train in the workspace that 01 and 02 have filled. On several GPUs: "
+        "accelerate launch -m qlora_helpers train",
+    )
+    train.add_argument("--workspace", help=folder)
+    train.set_defaults(run=_train)
+    classify = commands.add_parser(
         "classify",
         help="label headlines",
         description="Write a line of JSON for each headline: text, label (null for an empty one), "
@@ -57,8 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     classify.add_argument("headlines", nargs="*", metavar="HEADLINE")
     source = classify.add_mutually_exclusive_group()
-    source.add_argument("--workspace", help="a run's folder; else $QLORA_WORKSPACE or runs/PROFILE")
+    source.add_argument("--workspace", help=folder)
     source.add_argument("--adapter", help="an adapter alone: a folder, or account/name on the hub")
+    classify.set_defaults(run=_classify)
     return parser
 
 

@@ -86,7 +86,8 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     dtype, _ = compute_dtype()
     folder = _checkpoint(config.base_model)
     model_config = load_model_config(folder, config)
-    device = 0 if torch.cuda.is_available() else "cpu"
+    # of several processes, each has a GPU of its own
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     options = {"dtype": dtype, "use_safetensors": True, "device_map": {"": device}}
     # Weights in 4 bits bring their own quantisation config, which any other would replace.
     if not hasattr(model_config, "quantization_config"):

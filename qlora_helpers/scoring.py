@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
+from qlora_helpers.fast import processes
 from qlora_helpers.fast.packing import pack, use_packed_attention
 from qlora_helpers.prompts import encode_prompts, label_token_ids
 
@@ -67,7 +68,8 @@ def label_probabilities(
     """Return the label probabilities of each text: (texts, labels) in float64.
 
     Rows of like length share a batch. Batches are halved when memory runs out, and a single row
-    that does not fit raises ModelError. On a CPU, many batches run in one thread a core.
+    that does not fit raises ModelError. On a CPU, many batches run in one thread a core. Of several
+    processes, each scores a share, and all return all rows: all of them have to call this.
 
     Args:
         progress: the name of a progress bar, or a function that gets the size of each batch.
@@ -86,9 +88,10 @@ def label_probabilities(
     # Each row of a batch holds a copy of what was read.
     batches = length_batches(encoded, TOKENS_PER_BATCH[model.device.type] // (4 if shared else 1))
     threads = torch.get_num_threads()
+    batches = list(processes.share(batches))
     many = model.device.type == "cpu" and len(batches) >= 2 * threads > 2
     run = _in_threads if many and not shared else _in_turn
-    logits = torch.empty(len(encoded), len(label_ids))
+    logits = torch.zeros(len(encoded), len(label_ids))
     quiet, was_training = not isinstance(progress, str), model.training
     bar = tqdm(total=len(encoded), desc=progress, unit="row", disable=quiet, mininterval=3)
     report = progress if callable(progress) else bar.update
@@ -105,6 +108,7 @@ def label_probabilities(
     finally:
         if was_training:
             model.train()
+    logits = processes.summed(logits, model.device)
     return torch.softmax(logits.double() / temperature, dim=-1).numpy()
 
 

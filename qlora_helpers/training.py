@@ -1,5 +1,6 @@
 """Training: the Trainer with a loss at the label's token alone, and the history of a training."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -12,11 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 from peft import PeftModel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_helpers.config import RunConfig
 from qlora_helpers.errors import ModelError
+from qlora_helpers.fast import processes
 from qlora_helpers.fast.dropout import masks_of
 from qlora_helpers.fast.plan import (
     BatchPlan,
@@ -41,11 +44,13 @@ def plan_batches(
 ) -> BatchPlan:
     """Return the largest micro-batch that fits the memory, with the fewest checkpointed layers.
 
-    It is measured on the longest of `texts`. Raises ModelError if a single row does not fit.
+    It is measured on the longest of `texts`; of several processes, each plans its own share of an
+    effective batch. Raises ModelError if a single row does not fit.
     """
     encoded = encode_prompts(tokenizer, texts, config.max_length)
     forward = partial(label_logits, model, label_ids=label_token_ids(tokenizer, config.labels))
-    return plan_encoded(model, encoded, forward, config.effective_batch_size)
+    share = math.ceil(config.effective_batch_size / processes.count())
+    return plan_encoded(model, encoded, forward, share)
 
 
 class LabelTrainer(ResumableTrainer):
@@ -140,12 +145,26 @@ class LabelTrainer(ResumableTrainer):
             iter(sampler)  # draws the order of an epoch
         return sampler
 
+    def get_train_dataloader(self):
+        # Each process gets the whole effective batch, and `training_step` takes its share:
+        # Accelerate's shards would be equal, with rows that repeat.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.config.effective_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self.data_collator,
+        )
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Run forward and backward pass of an effective batch, in the plan's micro-batches.
 
-        One that needs too much memory is halved. Raises ModelError for a loss that is not finite.
+        One that needs too much memory is halved. Of several processes, each takes every n-th row;
+        the gradients are then summed. Raises ModelError for a loss that is not finite.
         """
-        total, start, seed = 0.0, 0, [self.config.seed, self.state.global_step]
+        whole = len(inputs["rows"])
+        inputs = {name: processes.share(values) for name, values in inputs.items()}
+        total = torch.zeros((), device=self.model.device)
+        start, seed = 0, [self.config.seed, self.state.global_step]
         while start < len(inputs["rows"]):
             micro_batch = slice(start, start + self.plan.micro_batch_size)
             part = {name: values[micro_batch] for name, values in inputs.items()}
@@ -156,7 +175,7 @@ class LabelTrainer(ResumableTrainer):
             gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
             try:
                 with masks_of(seed, part["rows"], lengths, self.model.device):
-                    loss = super().training_step(model, part, len(inputs["rows"]))
+                    loss = super().training_step(model, part, whole)
             except torch.OutOfMemoryError:
                 loss = None  # after this block, nothing holds the traceback with its activations
             if loss is None:
@@ -173,7 +192,18 @@ class LabelTrainer(ResumableTrainer):
                     f"QLORA_LEARNING_RATE (now {self.config.learning_rate:g})."
                 )
             total, start = total + loss, start + len(lengths)
-        return total
+        return total if processes.count() == 1 else self._summed(total)
+
+    def _summed(self, loss: torch.Tensor) -> torch.Tensor:
+        """Sum the gradients and the `loss` over all processes, in one message."""
+        parameters = self.trainable.values()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+        flat = processes.summed(flat, flat.device)
+        parts = flat[1:].split([gradient.numel() for gradient in gradients])
+        for p, part in zip(parameters, parts, strict=True):
+            p.grad = part.view_as(p)
+        return flat[0]
 
     def _halve_plan(self, rows: int, tokens: int) -> None:
         """Go on with half the micro-batch, and half the activations kept for backward. Raises
@@ -221,7 +251,8 @@ class LabelTrainer(ResumableTrainer):
         `LossPanel.live`, for one. Raises what `ResumableTrainer.run` does.
         """
         self.watch.show = show
-        with checkpoints.hold("03_qlora_training"):
+        is_first = self.is_world_process_zero()
+        with checkpoints.hold("03_qlora_training") if is_first else contextlib.nullcontext():
             self.run(checkpoints, self._identity())
         return self.history(self.watch.seconds)
 

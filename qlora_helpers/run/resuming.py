@@ -109,8 +109,10 @@ class ResumableTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial):
         weights = {name: p.detach().cpu() for name, p in self.trainable.items()}
-        if not self.checkpoints or not all(p.isfinite().all() for p in weights.values()):
-            return  # weights that are not numbers make the next loss an error
+        if not self.checkpoints or not self.is_world_process_zero():
+            return
+        if not all(p.isfinite().all() for p in weights.values()):
+            return  # they make the next loss an error
 
         def fill(folder: Path) -> None:
             save_file(weights, folder / "adapter.safetensors")
@@ -142,7 +144,8 @@ class ResumableTrainer(Trainer):
         numbers = (signal.SIGINT, signal.SIGTERM) if main else ()  # others may not handle signals
         handlers = {number: signal.signal(number, self.schedule.signalled) for number in numbers}
         try:
-            checkpoints.prepare()
+            if self.is_world_process_zero():
+                checkpoints.prepare()
             folder = self._find(identity)
             self.train(resume_from_checkpoint=folder)
         except KeyboardInterrupt:

@@ -1,0 +1,90 @@
+"""A training from the command line, in two processes on a CPU; and in one, for comparison."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import stages
+from safetensors.torch import load_file
+
+from qlora_helpers import TrainingStopped
+
+ROOT = Path(__file__).parents[1]
+# `accelerate launch` starts several processes on GPUs alone, with this program of PyTorch's
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+SETTINGS = {"train_size": 17, "effective_batch_size": 15, "num_epochs": 12}  # batches of 15 and 2
+
+
+def launch(folder: Path) -> subprocess.Popen:
+    command = [sys.executable, *TORCHRUN, "-m", "qlora_helpers", "train", "--workspace", folder]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QLORA_PROFILE": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=os.environ | environment, **pipes)
+
+
+@pytest.fixture
+def prepared(tiny, tmp_path, monkeypatch):
+    """The folder of a workspace that is filled as 01 and 02 do."""
+    monkeypatch.setenv("QLORA_WORKSPACE", str(tmp_path / "run"))
+    stages.set_up(stages.tiny_config(tiny, **SETTINGS))
+    stages.draw()
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, tmp_path_factory) -> Path:
+    """The folder of a run that one process has trained, without a stop."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_WORKSPACE", str(folder))
+        stages.set_up(stages.tiny_config(tiny, **SETTINGS))
+        stages.draw()
+        stages.train()
+    return folder
+
+
+def assert_same(folder: Path, alone: Path) -> None:
+    histories = [json.loads((run / "training.json").read_text()) for run in (folder, alone)]
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, alone)]
+    for part in ("train", "validation"):
+        found, right = ([entry["loss"] for entry in history[part]] for history in histories)
+        assert found == pytest.approx(right, abs=1e-4)
+    for name, weight in weights[1].items():
+        assert (weights[0][name] - weight).abs().max() < 1e-3, name
+
+
+def test_two_processes_go_on_from_the_checkpoint_of_one(prepared, alone):
+    workspace, config = stages.open_workspace("02_data_subset")
+    trainer = stages.trainer_for(workspace, config)
+    stages.stop_at(trainer, step=4)
+    with pytest.raises(TrainingStopped):
+        stages.fit(workspace, trainer)
+    launched = launch(prepared)
+    printed, _ = launched.communicate()
+    assert launched.returncode == 0, printed
+    assert printed.count("2 processes; in each") == 1
+    assert printed.count("Going on from the checkpoint of step 4 of 24") == 1
+    assert_same(prepared, alone)
+    assert not (prepared / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_both_and_one_goes_on(prepared, alone, rank):
+    launched = launch(prepared)
+    while not list(prepared.glob("checkpoints/checkpoint-*[0-9]")):
+        assert launched.poll() is None, launched.communicate()[0]
+        time.sleep(0.02)
+    processes = psutil.Process(launched.pid).children()
+    ranks = {process.environ()["RANK"]: process for process in processes}
+    ranks[str(rank)].send_signal(signal.SIGKILL)
+    printed, _ = launched.communicate()
+    assert launched.returncode != 0 and not any(process.is_running() for process in processes)
+    assert not (prepared / "adapter").exists(), printed
+    stages.train()
+    assert_same(prepared, alone)
