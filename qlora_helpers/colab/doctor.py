@@ -74,7 +74,7 @@ def examine(config: RunConfig, workspace: Workspace, profile: str | None = None)
 
 def findings_table(findings: list[Finding]) -> Styler:
     """Return the findings as a table whose verdicts are words and colours."""
-    table = pd.DataFrame([vars(one) for one in findings]).style.hide()
+    table = pd.DataFrame([vars(one) for one in findings]).style.format(escape="html").hide()
     table.set_properties(**{"text-align": "left", "white-space": "normal"})
     return table.map(_COLOURS.get, subset="verdict")
 

@@ -1,18 +1,20 @@
 """The file panel of 05, of core ipywidgets that work in 7.7 (Colab) and 8.1."""
 
 import base64
-import csv
-import re
 import time
 from pathlib import Path
 
 import ipywidgets as ipw
 import pandas as pd
 
-from qlora_helpers.classifier import NO_TEXT, HeadlineClassifier, classify_file, split_lines
+from qlora_helpers.classifier import (
+    NO_TEXT,
+    HeadlineClassifier,
+    classify_file,
+    split_lines,
+    write_csv,
+)
 from qlora_helpers.widgets.markup import escape, failure
-
-_FORMULA = re.compile(r"(?![+-]?[\d.,]+$)\s*[=+\-@]")  # at the beginning; a number is none
 
 
 class FilePanel(ipw.VBox):
@@ -80,10 +82,7 @@ def _uploaded(value) -> tuple[str, bytes]:
 
 def _result(table: pd.DataFrame, label: str, name: str, seconds: float) -> str:
     """Return HTML with the number of rows of each label, a link to the CSV, and its first rows."""
-    quoted = table.map(_as_text).rename(columns=_as_text)
-    # all text is quoted: some versions of Python leave a cell with a lone carriage return bare
-    data = quoted.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    encoded = base64.b64encode(data.encode(errors="replace")).decode()
+    encoded = base64.b64encode(write_csv(table)).decode()
     link = f"data:text/csv;charset=utf-8;base64,{encoded}"
     counts = table[label].replace(NO_TEXT, "without a text").value_counts()
     counted = ", ".join(f"{count:,} {escape(value)}" for value, count in counts.items())
@@ -94,9 +93,3 @@ def _result(table: pd.DataFrame, label: str, name: str, seconds: float) -> str:
         "it keeps a spreadsheet from taking a text for a formula.</p>"
         + first.to_html(index=False, border=0).encode(errors="replace").decode()
     )
-
-
-def _as_text(cell):
-    """Return `cell`, with a ' before it if a spreadsheet would take it for a formula."""
-    is_formula = isinstance(cell, str) and _FORMULA.match(cell)
-    return f"'{cell}" if is_formula else cell

@@ -33,7 +33,9 @@ class LossPanel(ipw.VBox):
 
     def load(self) -> "LossPanel":
         """Show the workspace's finished training, with the controls, and return the panel."""
-        self._earlier = self.workspace.earlier_json("training.json")
+        earlier = self.workspace.earlier_json("training.json")
+        # one from Drive has no manifest, and may be anything
+        self._earlier = {n: h for n, h in earlier.items() if {"train", "validation"} <= h.keys()}
         self.earlier.options = tuple(self._earlier)
         controls = [ipw.HBox([self.smoothing, self.log_scale]), self.x]
         if self._earlier:
