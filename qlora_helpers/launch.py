@@ -56,10 +56,11 @@ def _train(workspace: Workspace, state: PartialState) -> None:
     print(f"{state.num_processes} processes; in each, {plan.reason}.")
     history = LabelTrainer(model, tokenizer, subset, config, plan).fit(workspace.checkpoints())
     if state.is_main_process:
-        workspace.set_aside(_NOTEBOOK, ["adapter", "training.json"])
-        save_adapter(model, config, workspace / "adapter")
-        workspace.write("training.json", json.dumps(history, indent=1))
         files = ["adapter", "training.json"]
-        workspace.publish(_NOTEBOOK, vars(config), files, inputs=("02_data_subset",))
+        with workspace.hold(_NOTEBOOK):
+            workspace.set_aside(_NOTEBOOK, files)
+            save_adapter(model, config, workspace / "adapter")
+            workspace.write("training.json", json.dumps(history, indent=1))
+            workspace.publish(_NOTEBOOK, vars(config), files, inputs=("02_data_subset",))
         workspace.checkpoints().finish()
         print(f"The adapter is in {workspace}/adapter. Next: notebooks/04_evaluation.ipynb.")

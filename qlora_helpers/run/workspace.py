@@ -200,21 +200,22 @@ class Workspace:
         return contents
 
     def set_aside(self, notebook: str, names: list[str]) -> Path | None:
-        """Move what `notebook` published as `names` to a folder in earlier/, and return that; None
-        if there is nothing. Raises WorkspaceError."""
+        """Move `names`, published by `notebook` or not, to a folder in earlier/, and return that;
+        None if there is nothing. Raises WorkspaceError."""
         manifest = self.read(notebook)
-        if manifest is None:
+        here = [name for name in names if os.path.lexists(self / name)]
+        if manifest is None and not here:
             return None
-        earlier = self / "earlier" / f"{notebook}-{version_of(manifest)}"
+        version = version_of(manifest) if manifest else f"unpublished-{time.time_ns()}"
+        earlier = self / "earlier" / f"{notebook}-{version}"
         with self.hold(notebook), writing(earlier):
             earlier.mkdir(parents=True, exist_ok=True)
-            # the manifest first: what stays here is then unpublished, and never half published
-            os.replace(self.manifest_path(notebook), earlier / "manifest.json")
-            for name in names:
-                if os.path.lexists(self / name):
-                    remove(earlier / name)
-                    os.replace(self / name, earlier / name)
-        self._replaced[notebook] = manifest
+            if manifest:  # it comes first: what stays is then unpublished, never half published
+                os.replace(self.manifest_path(notebook), earlier / "manifest.json")
+                self._replaced[notebook] = manifest
+            for name in here:
+                remove(earlier / name)
+                os.replace(self / name, earlier / name)
         print(f"What {notebook} wrote before is kept in {earlier.relative_to(self.path)}.")
         return earlier
 

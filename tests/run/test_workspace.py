@@ -175,6 +175,11 @@ def test_set_aside_keeps_the_old_files(run, config, capsys):
     assert run.is_current(SUBSET, vars(config))
     with pytest.raises(WorkspaceError, match="Run notebooks/03_qlora_training.ipynb first."):
         run.require(TRAINING)
+    (run / "adapter").mkdir()  # the reader's own, or what a killed notebook left
+    (run / "adapter" / "own").touch()
+    kept = run.set_aside(TRAINING, names)
+    assert kept.name.startswith("03_qlora_training-unpublished-")
+    assert (kept / "adapter" / "own").exists() and not (run / "adapter").exists()
     write_text(earlier / "training.json", "[]")
     assert run.earlier_json("training.json") == {}
     assert "training.json is left out (it is not what was set aside)" in capsys.readouterr().out
