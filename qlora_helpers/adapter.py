@@ -110,8 +110,7 @@ def read_adapter(folder: Path) -> tuple[RunConfig, float, dict]:
         for path in sorted(folder.iterdir()):
             if path.suffix in _CODE or path.name.endswith(".index.json") or path.is_dir():
                 raise ValueError(f"it holds {path.name}, where only {LORA} and {WEIGHTS} are read")
-            if ordinary(path) > _MOST_BYTES:
-                raise ValueError(f"{path.name} is longer than {_MOST_BYTES / 2**30:.0f} GiB")
+            ordinary(path, _MOST_BYTES)
         if (prompt := saved["prompt"]) != TEMPLATE:
             raise ValueError(
                 f"it was trained with the prompt {str(prompt)[:200]!r}, and this version of "
@@ -158,9 +157,8 @@ def refusing(folder: Path):
 
 
 def read_small(path: Path) -> bytes:
-    """Return the bytes of an ordinary file. Raises OSError, or ValueError above a mebibyte."""
-    if ordinary(path) > 2**20:
-        raise ValueError(f"{path.name} is longer than a mebibyte")
+    """Return the bytes of an ordinary file. Raises OSError, also for one above a mebibyte."""
+    ordinary(path, 2**20)
     return path.read_bytes()
 
 

@@ -115,7 +115,7 @@ REFUSED = {
     ),
     "a terabyte": (
         lambda folder: os.truncate(folder / "adapter_model.safetensors", 2**40),
-        "longer than 4 GiB",
+        "longer than 4,294,967,296 bytes",
     ),
     "a head that classifies": (_config(task_type="SEQ_CLS"), "its task_type"),
     "a scale of words": (_config(use_rslora="no"), "its use_rslora"),
@@ -164,7 +164,7 @@ REFUSED = {
     "a config of another kind": (_file("adapter_config.json", b"[1]"), "is not a JSON object"),
     "a config of a gigabyte": (
         lambda folder: os.truncate(folder / "adapter_config.json", 2**30),
-        "longer than a mebibyte",
+        "longer than 1,048,576 bytes",
     ),
     "a pipe for a config": (_a_pipe, "Not an ordinary file"),
     "nothing": (lambda folder: shutil.rmtree(folder), "qlora_config.json is missing"),

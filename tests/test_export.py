@@ -60,7 +60,7 @@ def test_weights_that_float16_cannot_hold_are_named(classifier, tmp_path):
         ("calibration.json", '{"temperature": 0}', "calibration.json says temperature 0"),
         ("calibration.json", None, "calibration.json is a link"),
         ("README.md", None, "README.md is a link"),
-        ("README.md", "x" * 2**21, "README.md is longer than a mebibyte"),
+        ("README.md", "x" * 2**21, "README.md is longer than 1,048,576 bytes"),
     ],
 )
 def test_what_loading_would_refuse_or_lies_elsewhere_is_not_packed(

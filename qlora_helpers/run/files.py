@@ -83,7 +83,7 @@ def ordinary(path: Path, largest: int = _LARGEST) -> int:
     if not stat.S_ISREG(facts.st_mode):
         raise OSError(errno.EINVAL, "Not an ordinary file", str(path))
     if facts.st_size > largest:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        raise OSError(errno.EFBIG, f"{path.name} is longer than {largest:,} bytes", str(path))
     return facts.st_size
 
 
