@@ -17,7 +17,7 @@ from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError, reason
 from qlora_helpers.model import fused
 from qlora_helpers.prompts import TEMPLATE
-from qlora_helpers.run.files import DAMAGE, copy_folder, ordinary, writing
+from qlora_helpers.run.files import DAMAGE, copy_folder, ordinary, read_file, writing
 
 SETTINGS, LORA, WEIGHTS = "qlora_config.json", "adapter_config.json", "adapter_model.safetensors"
 CALIBRATION = "calibration.json"
@@ -27,6 +27,7 @@ _CODE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so"}
 # Settings that are checked on their own, or may have any value.
 _FREE = {"base_model_name_or_path", "peft_type", "peft_version", "revision"}
 _MOST_BYTES = 2**32  # of a file: the weights of rank 8 beside Mistral-7B take a fiftieth
+MOST_TEXT = 2**20  # bytes of a file of settings, or of the model card
 _LARGEST = 65504  # of float16, and a bound for the norm of a weight, which is below 400 in practice
 
 
@@ -156,15 +157,9 @@ def refusing(folder: Path):
         ) from error
 
 
-def read_small(path: Path) -> bytes:
-    """Return the bytes of an ordinary file. Raises OSError, also for one above a mebibyte."""
-    ordinary(path, 2**20)
-    return path.read_bytes()
-
-
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(read_small(path))
+        content = json.loads(read_file(path, MOST_TEXT))
     except FileNotFoundError:
         raise ValueError(f"{path.name} is missing") from None
     except (OSError, ValueError, RecursionError) as error:

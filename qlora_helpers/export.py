@@ -19,15 +19,15 @@ from transformers import PreTrainedModel
 from qlora_helpers.adapter import (
     CALIBRATION,
     LORA,
+    MOST_TEXT,
     SETTINGS,
     WEIGHTS,
     read_adapter,
-    read_small,
     refusing,
 )
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.errors import ModelError
-from qlora_helpers.run.files import write_file, writing
+from qlora_helpers.run.files import read_file, write_file, writing
 from qlora_helpers.run.workspace import Workspace
 
 
@@ -47,7 +47,7 @@ def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:
             if name == WEIGHTS:
                 file.writestr(name, save(_halves(load_file(folder / name)), {"format": "pt"}))
             elif (folder / name).exists():
-                file.writestr(name, read_small(folder / name))
+                file.writestr(name, read_file(folder / name, MOST_TEXT))
     write_file(Path(path), packed.getvalue())
     return Path(path)
 

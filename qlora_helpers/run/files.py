@@ -87,9 +87,9 @@ def ordinary(path: Path, largest: int = _LARGEST) -> int:
     return facts.st_size
 
 
-def read_file(path: Path) -> bytes:
-    """Return the bytes of an ordinary file that is not large. Raises OSError."""
-    ordinary(path, _LARGEST_TEXT)
+def read_file(path: Path, largest: int = _LARGEST_TEXT) -> bytes:
+    """Return the bytes of an ordinary file of at most `largest` bytes. Raises OSError."""
+    ordinary(path, largest)
     return path.read_bytes()
 
 
