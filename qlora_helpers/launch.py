@@ -19,6 +19,17 @@ from qlora_helpers.training import LabelTrainer, plan_batches
 _NOTEBOOK = "03_qlora_training"
 
 
+def lora_of(config: RunConfig) -> LoraConfig:
+    """Return the LoRA layers that `config` asks for, as 03 shows them."""
+    return LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
 def train_run(folder: str | os.PathLike) -> None:
     """Train the adapter of the workspace `folder`, and publish it as 03 does.
 
@@ -44,14 +55,7 @@ def _train(workspace: Workspace, state: PartialState) -> None:
         return
     subset = {split: pd.read_parquet(workspace / f"subset/{split}.parquet") for split in SPLITS}
     model, tokenizer = load_base_model(config), load_tokenizer(config)
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = attach_lora(model, lora, seed=config.seed)
+    model = attach_lora(model, lora_of(config), seed=config.seed)
     plan = plan_batches(model, tokenizer, subset["train"].text.tolist(), config)
     print(f"{state.num_processes} processes; in each, {plan.reason}.")
     history = LabelTrainer(model, tokenizer, subset, config, plan).fit(workspace.checkpoints())

@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from peft import LoraConfig
 
 from qlora_helpers import (
     SPLITS,
@@ -42,6 +41,7 @@ from qlora_helpers import (
 )
 from qlora_helpers.config import PROFILES
 from qlora_helpers.fast.plan import BatchPlan
+from qlora_helpers.launch import lora_of
 
 SETTINGS = {
     "train_size": 44,  # six steps an epoch, each in four micro-batches
@@ -85,14 +85,7 @@ def trainer_for(
     workspace: Workspace, config: RunConfig, plan: BatchPlan = PLAN, **options
 ) -> LabelTrainer:
     subset = {split: pd.read_parquet(workspace / "subset" / f"{split}.parquet") for split in SPLITS}
-    lora = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    model = attach_lora(load_base_model(config), lora, config.seed)
+    model = attach_lora(load_base_model(config), lora_of(config), config.seed)
     tokenizer = load_tokenizer(config)
     return LabelTrainer(model, tokenizer, subset, config, plan, loss=label_loss, **options)
 
