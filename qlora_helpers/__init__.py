@@ -27,6 +27,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "history": "what_validation_says",
     "scoring": "check_same_adapter label_logits label_probabilities",
     # 04_evaluation
+    "encoder": "load_encoder",
     "metrics": "ece_by_chance fit_temperature mcnemar p_text reliability scoreboard scores "
     "wilson_interval with_temperature",
     "card": "model_card",

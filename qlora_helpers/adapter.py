@@ -20,7 +20,7 @@ from qlora_helpers.prompts import TEMPLATE
 from qlora_helpers.run.files import DAMAGE, copy_folder, ordinary, read_file, writing
 
 SETTINGS, LORA, WEIGHTS = "qlora_config.json", "adapter_config.json", "adapter_model.safetensors"
-CALIBRATION = "calibration.json"
+CALIBRATION, CARD = "calibration.json", "README.md"
 _TRAIN = "notebooks/03_qlora_training.ipynb"
 # Files that may run code when they are loaded.
 _CODE = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py", ".so"}
@@ -34,16 +34,20 @@ _LARGEST = 65504  # of float16, and a bound for the norm of a weight, which is b
 def save_adapter(model: PeftModel, config: RunConfig, folder: Path) -> None:
     """Write the adapter to `folder` as safetensors, whole or not at all.
 
-    It names the base model as the config does, not where this machine keeps it. Raises
-    WorkspaceError if it cannot be written, ModelError if what was written is not the model's.
+    It names the base model as the config does, not where this machine keeps it. An adapter that is
+    there is replaced. Raises WorkspaceError if it cannot be written, ModelError if what was written
+    is not the model's, or if `folder` holds something else than an adapter.
     """
+    for path in sorted(folder.glob("*")):
+        if path.name not in (SETTINGS, LORA, WEIGHTS, CALIBRATION, CARD):
+            raise ModelError(f"{path} is no part of an adapter: name another folder.")
     lora = model.peft_config["default"]
     lora.base_model_name_or_path = config.base_model
     lora.target_modules = sorted(lora.target_modules)  # of a set, whose order no run repeats
     with tempfile.TemporaryDirectory() as temporary, writing(folder):
         model.save_pretrained(temporary, save_embedding_layers=False)
         # PEFT's model card is an empty form; 04 writes a real one.
-        Path(temporary, "README.md").unlink(missing_ok=True)
+        Path(temporary, CARD).unlink(missing_ok=True)
         # What PEFT's settings leave open: the labels, the longest prompt, and its wording.
         own = {"labels": config.labels, "max_length": config.max_length, "prompt": TEMPLATE}
         Path(temporary, SETTINGS).write_text(json.dumps(own, indent=1), encoding="utf-8")

@@ -18,7 +18,14 @@ from qlora_helpers.errors import DataError, ModelError
 from qlora_helpers.model import load_base_model, load_tokenizer
 from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.scoring import label_probabilities
-from qlora_helpers.texts import clean_text, is_ag_news_row, read_csv, split_lines, tidy_text
+from qlora_helpers.texts import (
+    clean_text,
+    is_ag_news_row,
+    printable,
+    read_csv,
+    split_lines,
+    tidy_text,
+)
 
 MOST_WORDS = 40  # of a text whose words are left out one by one: a forward pass each
 NO_TEXT = "(no text)"  # the label of a row without a text
@@ -166,7 +173,7 @@ def write_csv(table: pd.DataFrame) -> bytes:
     """
     table = table.map(_no_formula).rename(columns=_no_formula)
     csv_text = table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
-    return csv_text.encode(errors="replace")
+    return printable(csv_text).encode()
 
 
 def _no_formula(cell):
@@ -214,5 +221,4 @@ def _clean(text, i: int) -> str:
         raise DataError(
             f"text {i} is {str(text)[:40]!r} of type {type(text).__name__}: give a list of strings."
         )
-    # a ? for half a surrogate pair, which a tokenizer refuses
-    return tidy_text(text.encode(errors="replace").decode())
+    return tidy_text(printable(text))

@@ -152,7 +152,8 @@ class RunConfig:
 
 _FIELDS = {field.name: field.type for field in dataclasses.fields(RunConfig)[:-1]}  # not labels
 _VARIABLES = {f"QLORA_{name.upper()}": name for name in _FIELDS} | {"QLORA_EPOCHS": "num_epochs"}
-_NOT_FIELDS = ("QLORA_WORKSPACE", "QLORA_DRIVE")  # where a run lives, not what it is
+# where a run lives and reports, not what it is
+_NOT_FIELDS = ("QLORA_WORKSPACE", "QLORA_DRIVE", "QLORA_REPORT_TO")
 
 
 def default_profile() -> str:
@@ -171,6 +172,25 @@ def drive_wanted(otherwise: bool = True) -> bool:
             "or 0 (the local disk)."
         )
     return asked == "1" if asked else otherwise
+
+
+def tracker() -> str:
+    """Return where training reports to, beside its own history: $QLORA_REPORT_TO, else "none".
+
+    Raises ConfigError unless it is a tracker that Transformers knows and that is installed.
+    """
+    name = os.environ.get("QLORA_REPORT_TO") or "none"
+    if name != "none":
+        from transformers.integrations import get_available_reporting_integrations
+
+        installed = get_available_reporting_integrations()
+        if name not in installed:
+            raise ConfigError(
+                f"QLORA_REPORT_TO is {name!r}, which is not installed here, or is no tracker that "
+                f"Transformers knows. Run pip install {name}, or choose one that is here: "
+                f"{', '.join(['none', *installed])}."
+            )
+    return name
 
 
 def project_folder() -> Path:
@@ -221,6 +241,7 @@ def _check_profile(profile: str) -> None:
 def _environment_choices() -> dict:
     """Return the values of the fields that QLORA_ variables set."""
     drive_wanted()  # refuses a value that cannot work
+    tracker()  # so does this
     choices = {}
     for variable, text in sorted(os.environ.items()):
         if not variable.startswith("QLORA_") or variable in _NOT_FIELDS or not text:

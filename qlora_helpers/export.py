@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_helpers.adapter import (
     CALIBRATION,
+    CARD,
     LORA,
     MOST_TEXT,
     SETTINGS,
@@ -41,7 +42,7 @@ def export_adapter(workspace: Workspace, path: str | os.PathLike) -> Path:
     folder, packed = workspace / "adapter", io.BytesIO()
     read_adapter(folder)
     with refusing(folder), zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as file:
-        for name in (SETTINGS, LORA, WEIGHTS, CALIBRATION, "README.md"):
+        for name in (SETTINGS, LORA, WEIGHTS, CALIBRATION, CARD):
             if (folder / name).is_symlink():
                 raise ValueError(f"{name} is a link, which may lead elsewhere")
             if name == WEIGHTS:

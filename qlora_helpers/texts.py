@@ -35,6 +35,11 @@ def tidy_text(raw: str) -> str:
     return " ".join(_CONTROL.sub(" ", raw).split())
 
 
+def printable(text: str) -> str:
+    """Return `text` with a ? for half a surrogate pair, which no tokenizer or browser takes."""
+    return text.encode(errors="replace").decode()
+
+
 def clean_text(raw: str) -> str:
     """Return `raw` without what AG News' crawl left: entities, HTML tags, backslashes.
 

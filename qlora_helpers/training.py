@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from qlora_helpers.config import RunConfig
+from qlora_helpers.config import RunConfig, tracker, workspace_folder
 from qlora_helpers.errors import ModelError
 from qlora_helpers.fast import processes
 from qlora_helpers.fast.dropout import masks_of
@@ -86,8 +86,11 @@ class LabelTrainer(ResumableTrainer):
         rows = {"prompt": prompts, "label": train.label.tolist(), "row": range(len(train))}
         dtype, _ = compute_dtype()
         one_step = config.num_epochs == 1 and len(train) <= config.effective_batch_size
+        report_to = tracker()
         args = TrainingArguments(
-            output_dir=tempfile.gettempdir(),  # nothing is written there
+            # without a tracker nothing is written there
+            output_dir=tempfile.gettempdir() if report_to == "none" else workspace_folder(),
+            report_to=report_to,
             seed=config.seed,
             num_train_epochs=config.num_epochs,
             per_device_train_batch_size=config.effective_batch_size,  # `training_step` cuts it
@@ -124,6 +127,12 @@ class LabelTrainer(ResumableTrainer):
     @property
     def plan(self) -> BatchPlan:
         return BatchPlan(**self.facts["plan"])
+
+    def go_on(self, step, facts):
+        super().go_on(step, facts)
+        size, kept = self.plan.micro_batch_size, self.plan.kept_activations
+        if type(size) is not int or type(kept) is not int or min(size - 1, kept) < 0:
+            raise ValueError(f"its plan is {str(facts['plan'])[:200]}")
 
     def _collate(self, rows: list[dict]) -> dict:
         # arrays: Accelerate would look into lists token by token for tensors to move

@@ -202,6 +202,15 @@ own.save(sys.argv[1], own.Path(sys.argv[2]))
         assert (tmp_path / "adapter" / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_a_folder_of_something_else_is_not_replaced(saved, folder):
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ModelError, match="thesis.txt is no part of an adapter: name another"):
+        save(saved[1].base_model, folder)
+    assert (folder / "thesis.txt").read_text() == "mine"
+    (folder / "thesis.txt").unlink()
+    save(saved[1].base_model, folder)
+
+
 def test_weights_that_were_not_saved_or_loaded_whole_are_named(
     saved, folder, monkeypatch, tmp_path
 ):

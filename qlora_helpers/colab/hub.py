@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ def fetch(
     """
     # Xet is reported to freeze on Colab (huggingface_hub#4085); plain HTTP has a time-out
     constants.HF_HUB_DISABLE_XET = True
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_hide_password)  # once: a filter that is there is not added again
     try:
         list_files(name, kind, patterns)  # snapshot_download has no time-out for its first answer
         return Path(snapshot_download(name, repo_type=kind, allow_patterns=list(patterns)))
@@ -102,12 +105,22 @@ def cached(name: str, kind: str, patterns: Sequence[str]) -> Path | None:
         return None
 
 
+def _without_password(text: str) -> str:
+    """Return `text` without the name and password of any URL in it."""
+    return re.sub(r"//[^/\s]*@", "//", text)
+
+
+def _hide_password(record: logging.LogRecord) -> bool:
+    record.msg, record.args = _without_password(record.getMessage()), None
+    return True
+
+
 def explain(name: str, kind: str, error: Exception) -> str:
     """Return what went wrong with the hub's `name`, and the remedy."""
     while isinstance(error, LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__
     token = "the token in HF_TOKEN" if get_token() else "no token"
-    endpoint = re.sub("//.*@", "//", constants.ENDPOINT)  # without a name and password
+    endpoint = _without_password(constants.ENDPOINT)
     status = getattr(getattr(error, "response", None), "status_code", None) or 0
     if isinstance(error, GatedRepoError) or status == 403:
         page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"

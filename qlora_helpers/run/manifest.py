@@ -20,6 +20,7 @@ from tqdm.utils import CallbackIOWrapper
 
 from qlora_helpers.run.files import ordinary, read_file, sha256
 
+_LARGEST = 2**26  # bytes of a manifest in an archive, which may claim any size
 _CHECKPOINT = {"files": dict, "written": str, "step": int, "identity": dict, "facts": dict}
 _PUBLICATION = {"files": dict, "written": str, "notebook": str, "fingerprint": str}
 _PUBLICATION |= {"config": dict, "inputs": dict, "replaces": list}
@@ -118,7 +119,7 @@ def read_archive(
     with contextlib.ExitStack() as stack:
         file = CallbackIOWrapper(count, stack.enter_context(open(path, "rb")))
         tar = stack.enter_context(tarfile.open(fileobj=file, mode="r:"))
-        manifest = read_manifest(tar.extractfile("manifest.json").read())
+        manifest = read_manifest(tar.extractfile("manifest.json").read(_LARGEST))
         if folder and (names := select(manifest)):
             members = [tar.getmember(name) for name in ["manifest.json", *names]]
             tar.extractall(folder, members, filter="data")

@@ -146,7 +146,12 @@ class ResumableTrainer(Trainer):
         try:
             if self.is_world_process_zero():
                 checkpoints.prepare()
-            folder = self._find(identity)
+            if newest := self._find(identity):
+                folder, manifest = str(newest[0]), newest[1]
+                self.go_on(manifest["step"], manifest["facts"])
+                total = self.steps_per_epoch * self.args.num_train_epochs
+                progress = f"{manifest['step']} of {total:g}, written {manifest['written']}"
+                print(f"Going on from the checkpoint of step {progress}.")
             self.train(resume_from_checkpoint=folder)
         except KeyboardInterrupt:
             step, random_state = self.state.global_step, self.schedule.random_state
@@ -175,23 +180,21 @@ class ResumableTrainer(Trainer):
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
-    def _find(self, identity: dict) -> str | None:
-        """Return the folder of the newest checkpoint, with its facts; None without one."""
+    def _find(self, identity: dict) -> tuple[Path, dict] | None:
+        """Return the newest checkpoint's folder and manifest; None without one."""
         newest = self.checkpoints.newest(identity)
-        if newest is None:
-            if any("lora_B" in name and p.any() for name, p in self.trainable.items()):
-                raise ModelError(
-                    "this model has been trained already, and there is no checkpoint to go on "
-                    "from. A new training needs a new adapter: run this notebook from its start."
-                )
-            return None
-        folder, manifest = newest
+        trained = any("lora_B" in name and p.any() for name, p in self.trainable.items())
+        if newest is None and trained:
+            raise ModelError(
+                "this model has been trained already, and there is no checkpoint to go on from. A "
+                "new training needs a new adapter: run this notebook from its start."
+            )
+        return newest
+
+    def go_on(self, step: int, facts: dict) -> None:
+        """Take over the place and the facts of a checkpoint. Raises what odd facts raise."""
         self.args.eval_on_start = False
-        self.epochs_before = manifest["step"] // self.steps_per_epoch
-        self.facts = manifest["facts"]
-        progress = f"{manifest['step']} of {self.steps_per_epoch * self.args.num_train_epochs:g}"
-        print(f"Going on from the checkpoint of step {progress}, written {manifest['written']}.")
-        return str(folder)
+        self.epochs_before, self.facts = step // self.steps_per_epoch, facts
 
     def _kept(self) -> str:
         if self.checkpoints.step is None:

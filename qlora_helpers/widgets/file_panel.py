@@ -14,6 +14,7 @@ from qlora_helpers.classifier import (
     split_lines,
     write_csv,
 )
+from qlora_helpers.texts import printable
 from qlora_helpers.widgets.markup import escape, failure
 
 
@@ -53,7 +54,7 @@ class FilePanel(ipw.VBox):
             self.bar.layout.visibility = "hidden"
 
     def _answer(self) -> str:
-        name, data = "lines.txt", self.lines.value.encode(errors="replace")
+        name, data = "lines.txt", printable(self.lines.value).encode()
         if not data.strip():
             name, data = _uploaded(self.upload.value)
         if not data.strip():
@@ -91,5 +92,5 @@ def _result(table: pd.DataFrame, label: str, name: str, seconds: float) -> str:
         f"<p>{len(table):,} rows in {seconds:.1f} s: {counted}.</p>"
         f'<p><a download="{escape(name)}" href="{link}">Download {escape(name)}</a>. A \' in '
         "it keeps a spreadsheet from taking a text for a formula.</p>"
-        + first.to_html(index=False, border=0).encode(errors="replace").decode()
+        + printable(first.to_html(index=False, border=0))
     )

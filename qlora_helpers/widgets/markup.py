@@ -2,11 +2,12 @@
 
 import html
 
+from qlora_helpers.texts import printable
+
 
 def escape(text: str) -> str:
-    """Return `text` as HTML that shows it, with a ? for half a surrogate pair, which no browser can
-    be sent."""
-    return html.escape(text.encode(errors="replace").decode())
+    """Return `text` as HTML that shows it."""
+    return html.escape(printable(text))
 
 
 def failure(error: Exception) -> str:

@@ -1,6 +1,8 @@
 """Files of the hub, over real sockets: what is fetched, what is cached, and how it fails."""
 
+import io
 import json
+import logging
 import traceback
 from pathlib import Path
 
@@ -191,16 +193,25 @@ def test_an_unwritable_cache(server, monkeypatch, tmp_path):
     assert refused("some/one") == unwritable("Not a directory")
 
 
-@pytest.mark.parametrize("status", [403, 503, 0])
-def test_a_password_for_the_hub_is_not_printed(server, monkeypatch, capfd, status):
-    monkeypatch.setattr(constants, "ENDPOINT", server.url.replace("//", "//me:secret@"))
+@pytest.mark.parametrize(
+    ("name", "status"), [("some/one", 403), ("some/one", 503), ("some/one", 0), ("dies/one", 200)]
+)
+def test_a_password_for_the_hub_is_not_printed(server, monkeypatch, capfd, name, status):
+    """Nor logged by the library, which says where it tries a download again."""
+    template, log = constants.HUGGINGFACE_CO_URL_TEMPLATE, io.StringIO()
+    for setting, url in ("ENDPOINT", server.url), ("HUGGINGFACE_CO_URL_TEMPLATE", template):
+        monkeypatch.setattr(constants, setting, url.replace("//", "//me:secret@"))
+    (handler,) = logging.getLogger("huggingface_hub").handlers
+    monkeypatch.setattr(handler, "stream", log)
+    server.repositories["dies/one"] = {"model.safetensors": b"x" * 1000}
     server.status = status
     if status == 0:
         server.close()
     with pytest.raises(ModelError) as raised:
-        fetch("some/one")
+        fetch(name)
     said = "".join([*traceback.format_exception(raised.value), *capfd.readouterr()])
-    assert "some/one cannot be loaded" in said and "secret" not in said
+    assert f"{name} cannot be loaded" in said and "secret" not in said + log.getvalue()
+    assert (f"{server.url}/dies/one/resolve" in log.getvalue()) == (status == 200)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "a/b/c", "no such name"])

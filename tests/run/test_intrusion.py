@@ -2,6 +2,7 @@
 touched or trusted, and a message says so."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,20 @@ def test_what_another_notebook_wrote_is_not_published_as_ones_own(run, workspace
     with pytest.raises(WorkspaceError, match="rows is not what this notebook wrote.* again"):
         run.publish("02_data_subset", {"seed": 1}, ["rows"], (SETUP,))
     assert other.require("02_data_subset")["config"] == {"seed": 2}
+
+
+def test_a_training_is_published_while_no_other_writes(run, workspace, tuned):
+    """As 03 does: an adapter's files are not written by `Workspace.write`, which notes them."""
+    training, other = "03_qlora_training", Workspace(workspace)
+    with run.hold(training):
+        shutil.copytree(tuned / "adapter", run / "adapter")
+        with pytest.raises(WorkspaceError, match="another notebook is writing"):
+            other.set_aside(training, ["adapter"])
+        with pytest.raises(WorkspaceError, match="another notebook is writing"):
+            other.publish(training, {}, ["adapter"], (SETUP,))
+        run.publish(training, {}, ["adapter"], (SETUP,))
+    assert other.set_aside(training, ["adapter"])  # whole, and not mixed with the other's
+    assert not (run / "adapter").exists()
 
 
 def test_trainings_that_are_set_aside_at_once_are_all_kept(workspace, run):

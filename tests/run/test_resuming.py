@@ -174,6 +174,23 @@ def test_a_state_that_was_sealed_again_is_named(stopped, prepared, workspace, fi
         stages.fit(*prepared())
 
 
+def test_a_plan_that_was_sealed_again_is_named(stopped, prepared, workspace):
+    stopped(3)
+    path = workspace / "checkpoints" / "checkpoint-3" / "manifest.json"
+    manifest = read_manifest(path)
+    plan = manifest["facts"]["plan"]
+    for odd in (
+        None,
+        {"rows": 1},
+        plan | {"micro_batch_size": 0},
+        plan | {"kept_activations": "x"},
+    ):
+        path.write_text(sealed(manifest | {"facts": {"plan": odd}}))
+        refused = "checkpoint-3 holds no state of this training .* delete it"
+        with pytest.raises(WorkspaceError, match=refused):
+            stages.fit(*prepared())
+
+
 @pytest.mark.parametrize(("at", "said"), [(3, "the loss is nan at step 4"), (6, "validation loss")])
 def test_weights_that_are_not_numbers_are_never_kept(prepared, workspace, at, said):
     run, trainer = prepared(checkpoint_steps=1)
