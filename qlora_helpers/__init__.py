@@ -21,9 +21,10 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "prompts": "build_prompt encode_prompts few_shot_prefix label_token_ids label_words",
     # 03_qlora_training
     "model": "attach_lora compute_dtype load_base_model load_tokenizer",
-    "adapter": "load_adapter save_adapter",
+    "adapter": "load_adapter load_on_each_gpu save_adapter",
     "fast.plan": "BatchPlan",
     "training": "LabelTrainer plan_batches",
+    "launch": "gpu_count train_in_processes",
     "history": "what_validation_says",
     "scoring": "check_same_adapter label_logits label_probabilities",
     # 04_evaluation

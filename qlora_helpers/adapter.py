@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from qlora_helpers.colab.hub import fetch
 from qlora_helpers.config import PROFILES, RunConfig, default_profile
 from qlora_helpers.errors import ModelError, reason
-from qlora_helpers.model import fused
+from qlora_helpers.model import fused, load_base_model
 from qlora_helpers.prompts import TEMPLATE
 from qlora_helpers.run.files import DAMAGE, copy_folder, ordinary, read_file, writing
 
@@ -71,6 +71,18 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     loaded = fused(PeftModel.from_pretrained, model, folder).eval()
     _check_same(loaded, folder, "loaded")
     return loaded
+
+
+def load_on_each_gpu(config: RunConfig, folder: Path) -> list[PeftModel]:
+    """Return the base model with the adapter in `folder`, once on each GPU, or once on a CPU.
+
+    Raises what `load_base_model` and `load_adapter` raise.
+    """
+    models = []
+    for gpu in range(max(1, torch.cuda.device_count())):
+        with torch.cuda.device(gpu) if torch.cuda.is_available() else contextlib.nullcontext():
+            models.append(load_adapter(load_base_model(config), folder))
+    return models
 
 
 def _check_same(model: PeftModel, folder: Path, done: str) -> None:

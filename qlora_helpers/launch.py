@@ -1,8 +1,14 @@
-"""The training of a run without a notebook, in one process or several: what 03's cells do."""
+"""Training without a notebook, in one process or several: what 03's cells do."""
 
 import contextlib
 import json
 import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -12,11 +18,17 @@ from peft import LoraConfig
 from qlora_helpers.adapter import save_adapter
 from qlora_helpers.config import RunConfig
 from qlora_helpers.data import SPLITS
+from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
+from qlora_helpers.fast.plan import free_memory
 from qlora_helpers.model import attach_lora, load_base_model, load_tokenizer
+from qlora_helpers.run.files import remove, write_text, writing
 from qlora_helpers.run.workspace import Workspace
 from qlora_helpers.training import LabelTrainer, plan_batches
 
 _NOTEBOOK = "03_qlora_training"
+_PROGRESS = "progress.json"  # in the workspace: the history so far, and a line that says how far
+_SECONDS = 2  # between two looks at it
+_ERROR = "python -m qlora_helpers: "  # as `__main__` begins what a reader can put right
 
 
 def lora_of(config: RunConfig) -> LoraConfig:
@@ -58,7 +70,8 @@ def _train(workspace: Workspace, state: PartialState) -> None:
     model = attach_lora(model, lora_of(config), seed=config.seed)
     plan = plan_batches(model, tokenizer, subset["train"].text.tolist(), config)
     print(f"{state.num_processes} processes; in each, {plan.reason}.")
-    history = LabelTrainer(model, tokenizer, subset, config, plan).fit(workspace.checkpoints())
+    trainer = LabelTrainer(model, tokenizer, subset, config, plan)
+    history = trainer.fit(workspace.checkpoints(), _reporter(workspace / _PROGRESS))
     if state.is_main_process:
         files = ["adapter", "training.json"]
         with workspace.hold(_NOTEBOOK):
@@ -68,3 +81,66 @@ def _train(workspace: Workspace, state: PartialState) -> None:
             workspace.publish(_NOTEBOOK, vars(config), files, inputs=("02_data_subset",))
         workspace.checkpoints().finish()
         print(f"The adapter is in {workspace}/adapter. Next: notebooks/04_evaluation.ipynb.")
+
+
+def _reporter(path: Path) -> Callable:
+    """Return a function for `LabelTrainer.fit` that writes the history so far to `path`."""
+    last = -_SECONDS
+
+    def show(history: Callable[[], dict], status: str) -> None:
+        nonlocal last
+        if time.monotonic() - last < _SECONDS or not PartialState().is_main_process:
+            return
+        last = time.monotonic()
+        if sys.stderr.isatty():
+            print(f"\r{status}", end=" ", file=sys.stderr, flush=True)
+        with contextlib.suppress(WorkspaceError):  # it is not worth the training
+            write_text(path, json.dumps({"history": history(), "status": status}))
+
+    return show
+
+
+def gpu_count() -> int:
+    """Return the number of GPUs that this machine shows."""
+    return torch.cuda.device_count()
+
+
+def train_in_processes(workspace: Workspace, count: int, show: Callable | None = None) -> None:
+    """Train and publish as `train_run` does, in `count` processes, each with a GPU of its own.
+
+    `show` is called as by `LabelTrainer.fit`. What the processes print goes to training.log in the
+    workspace. Raises TrainingStopped if this is interrupted, which stops them after a step and a
+    checkpoint; ModelError if they fail. All of them have ended then.
+    """
+    free_memory()
+    program = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    program += ["-m", "qlora_helpers", "train", "--workspace", str(workspace.path.absolute())]
+    log, progress, stopped = workspace / "training.log", workspace / _PROGRESS, False
+    remove(progress)  # of a run that was killed
+    with writing(log), open(log, "w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *program],
+            env={"OMP_NUM_THREADS": "1"} | os.environ,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # the stop button stops it by a signal from here alone
+        )
+    with open(log, errors="replace") as said:
+        while process.poll() is None:
+            try:
+                time.sleep(_SECONDS)
+                print(said.read(), end="")
+                if show and not stopped and progress.exists():
+                    seen = json.loads(progress.read_text())
+                    show(lambda seen=seen: seen["history"], seen["status"])
+            except KeyboardInterrupt:
+                if not stopped:  # a second signal would leave the processes behind
+                    process.terminate()
+                stopped = True
+    remove(progress)
+    if process.returncode:
+        error = re.search(f"^{re.escape(_ERROR)}(.*)", log.read_text(errors="replace"), re.M)
+        why = f"a process ended without a message ({log} has what it printed): run this notebook "
+        why += "again, and it goes on from the newest checkpoint"
+        raise (TrainingStopped if stopped else ModelError)(error[1] if error else why)
+    remove(log)

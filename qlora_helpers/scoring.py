@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -57,7 +59,7 @@ def _at_labels(causal_lm, hidden: torch.Tensor, label_ids: list[int]) -> torch.T
 
 @torch.no_grad()
 def label_probabilities(
-    model: PreTrainedModel | PeftModel,
+    model: PreTrainedModel | PeftModel | list[PeftModel],
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     config: RunConfig,
@@ -72,27 +74,27 @@ def label_probabilities(
     processes, each scores a share, and all return all rows: all of them have to call this.
 
     Args:
+        model: the model, or the same on several GPUs, which then share the batches.
         progress: the name of a progress bar, or a function that gets the size of each batch.
         prefix: solved examples before each prompt (see `few_shot_prefix`), not counted by
             `config.max_length`. The tokens that all rows share are read once.
         temperature: divides the logits.
     """
+    models = model if isinstance(model, list) else [model]
+    device, was_training = models[0].device, models[0].training
     label_ids = label_token_ids(tokenizer, config.labels)
     encoded = encode_prompts(tokenizer, list(texts), config.max_length, prefix)
-    score = contextlib.nullcontext(partial(label_logits, model, label_ids=label_ids))
     shared = []
     if prefix and encoded:  # one token of each row remains
         shared = os.path.commonprefix(encoded)[: min(map(len, encoded)) - 1]
         encoded = [ids[len(shared) :] for ids in encoded]
-        score = _score_after(model, shared, label_ids)
     # Each row of a batch holds a copy of what was read.
-    batches = length_batches(encoded, TOKENS_PER_BATCH[model.device.type] // (4 if shared else 1))
-    threads = torch.get_num_threads()
+    batches = length_batches(encoded, TOKENS_PER_BATCH[device.type] // (4 if shared else 1))
     batches = list(processes.share(batches))
-    many = model.device.type == "cpu" and len(batches) >= 2 * threads > 2
-    run = _in_threads if many and not shared else _in_turn
-    logits = torch.zeros(len(encoded), len(label_ids))
-    quiet, was_training = not isinstance(progress, str), model.training
+    threads = torch.get_num_threads()
+    if device.type == "cpu" and len(batches) >= 2 * threads > 2 and not shared:
+        models = models[:1] * threads
+    logits, quiet = torch.zeros(len(encoded), len(label_ids)), not isinstance(progress, str)
     bar = tqdm(total=len(encoded), desc=progress, unit="row", disable=quiet, mininterval=3)
     report = progress if callable(progress) else bar.update
 
@@ -101,14 +103,22 @@ def label_probabilities(
         report(len(batch))
 
     if was_training:  # switching the mode takes an eighth of a headline's time
-        model.eval()
+        models[0].eval()
     try:
-        with bar, score as logits_of:
-            run(lambda batch: logits_of([encoded[i] for i in batch]), batches, keep)
+        with bar, contextlib.ExitStack() as stack:
+            scores = []
+            for one in models:
+                logits_of = partial(label_logits, one, label_ids=label_ids)
+                if shared:
+                    logits_of = stack.enter_context(_score_after(one, shared, label_ids))
+                scores.append(partial(_score, logits_of, encoded))
+            if len(models) > 1:
+                batches = _in_threads(models, scores, batches, keep)
+            _in_turn(scores[0], batches, keep)
     finally:
         if was_training:
-            model.train()
-    logits = processes.summed(logits, model.device)
+            models[0].train()
+    logits = processes.summed(logits, device)
     return torch.softmax(logits.double() / temperature, dim=-1).numpy()
 
 
@@ -130,6 +140,10 @@ def check_same_adapter(
             "folder and run this notebook again."
         )
     return said
+
+
+def _score(logits_of: Callable, encoded: list[list[int]], batch: list[int]) -> torch.Tensor:
+    return logits_of([encoded[i] for i in batch])
 
 
 def _in_turn(score: Callable, batches: list[list[int]], keep: Callable) -> None:
@@ -157,22 +171,42 @@ def _halves(batches: list[list[int]]) -> list[list[int]]:
     return [half for pair in halves for half in pair if half]
 
 
-def _in_threads(score: Callable, batches: list[list[int]], keep: Callable) -> None:
-    """Call `keep(batch, score(batch))` for each batch, with a batch at a time on each core. Cores
-    that share a product wait for the slowest of them."""
-    threads = torch.get_num_threads()
+def _in_threads(
+    models: list[PeftModel], scores: list[Callable], batches: list[list[int]], keep: Callable
+) -> list[list[int]]:
+    """Call `keep(batch, score(batch))` for each batch, with a thread for each model and its score.
 
-    def begin():  # both settings are a thread's own
-        torch.set_num_threads(1)
+    Returns the batches for which memory ran out. On a CPU a thread has a core: cores that share a
+    product wait for the slowest of them.
+    """
+    threads, own = torch.get_num_threads(), threading.local()
+    waiting = deque(zip(models, scores, strict=True))
+
+    def begin():  # these settings are a thread's own
+        model, own.score = waiting.popleft()
         torch.set_grad_enabled(False)
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)
+        else:
+            torch.set_num_threads(1)
 
-    pool = ThreadPoolExecutor(threads, initializer=begin)
+    def attempt(batch):
+        try:
+            return own.score(batch)
+        except torch.OutOfMemoryError:
+            return None
+
+    too_large, pool = [], ThreadPoolExecutor(len(models), initializer=begin)
     try:
-        for batch, result in zip(batches, pool.map(score, batches), strict=True):
-            keep(batch, result)
+        for batch, result in zip(batches, pool.map(attempt, batches), strict=True):
+            if result is None:
+                too_large.append(batch)
+            else:
+                keep(batch, result)  # here, since only the main thread may draw a bar
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)  # for threads that start later
+    return too_large
 
 
 @contextlib.contextmanager

@@ -204,12 +204,14 @@ class LabelTrainer(ResumableTrainer):
         return total if processes.count() == 1 else self._summed(total)
 
     def _summed(self, loss: torch.Tensor) -> torch.Tensor:
-        """Sum the gradients and the `loss` over all processes, in one message."""
+        """Sum in one message over all processes: the gradients, `loss`, and the wish to stop."""
         parameters = self.trainable.values()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([loss.view(1), *(gradient.flatten() for gradient in gradients)])
+        numbers = torch.stack([loss, loss.new_tensor(self.schedule.stop)])
+        flat = torch.cat([numbers, *(gradient.flatten() for gradient in gradients)])
         flat = processes.summed(flat, flat.device)
-        parts = flat[1:].split([gradient.numel() for gradient in gradients])
+        self.schedule.agreed = bool(flat[1])
+        parts = flat[2:].split([gradient.numel() for gradient in gradients])
         for p, part in zip(parameters, parts, strict=True):
             p.grad = part.view_as(p)
         return flat[0]

@@ -13,7 +13,7 @@ import pytest
 import stages
 from safetensors.torch import load_file
 
-from qlora_helpers import TrainingStopped
+from qlora_helpers import TrainingStopped, train_in_processes
 
 ROOT = Path(__file__).parents[1]
 # `accelerate launch` starts several processes on GPUs alone, with this program of PyTorch's
@@ -59,19 +59,35 @@ def assert_same(folder: Path, alone: Path) -> None:
         assert (weights[0][name] - weight).abs().max() < 1e-3, name
 
 
-def test_two_processes_go_on_from_the_checkpoint_of_one(prepared, alone):
+def test_two_processes_go_on_from_the_checkpoint_of_one_and_publish(prepared, alone, capsys):
     workspace, config = stages.open_workspace("02_data_subset")
     trainer = stages.trainer_for(workspace, config)
     stages.stop_at(trainer, step=4)
     with pytest.raises(TrainingStopped):
         stages.fit(workspace, trainer)
-    launched = launch(prepared)
-    printed, _ = launched.communicate()
-    assert launched.returncode == 0, printed
+    train_in_processes(workspace, 2)
+    printed = capsys.readouterr().out
     assert printed.count("2 processes; in each") == 1
     assert printed.count("Going on from the checkpoint of step 4 of 24") == 1
     assert_same(prepared, alone)
-    assert not (prepared / "checkpoints").exists()
+    files = {"adapter", "config.json", "manifests", "subset", "training.json"}
+    assert {path.name for path in prepared.glob("[!.]*")} == files
+
+
+def test_a_stop_ends_both_after_the_same_step(tiny, workspace):
+    stages.set_up(stages.tiny_config(tiny, **SETTINGS | {"num_epochs": 1000}))
+    run, seen = stages.draw(), []
+
+    def stop(history, status):
+        seen.append((history()["train"][-1]["step"], status))
+        raise KeyboardInterrupt
+
+    same_step = r"^Stopped at step (\d+) of 2000. The checkpoint of step \1 is written"
+    with pytest.raises(TrainingStopped, match=same_step):
+        train_in_processes(run, 2, stop)
+    step, status = seen[0]
+    assert status.startswith(f"step {step} of 2000, ")
+    assert list(workspace.glob("checkpoints/checkpoint-*/manifest.json"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

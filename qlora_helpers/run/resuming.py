@@ -30,6 +30,7 @@ class _Schedule(TrainerCallback):
     def __init__(self, trainer: "ResumableTrainer", minutes: float, steps: int | None):
         self.trainer, self.minutes, self.steps = trainer, minutes, steps
         self.stop, self.saved = False, 0.0
+        self.agreed = None  # of several processes: whether one of them was asked to stop
         self.began = False  # a step: what was wrong with a checkpoint shows before
         self.random_state = None  # before the running step, until its optimizer step begins
 
@@ -53,12 +54,16 @@ class _Schedule(TrainerCallback):
             return  # the epoch's evaluation comes first, and a checkpoint after it
         late = time.monotonic() - self.saved >= 60 * self.minutes
         due = self.steps is not None and state.global_step % self.steps == 0
-        control.should_save |= self.stop or late or due
+        control.should_save |= self._stopping() or late or due
 
     def on_save(self, *args, **kwargs):
         self.saved = time.monotonic()
-        if self.stop:
+        if self._stopping():
             raise KeyboardInterrupt
+
+    def _stopping(self) -> bool:
+        """Return the same in all processes: one that went on alone would wait for the others."""
+        return self.stop if self.agreed is None else self.agreed
 
     def on_train_end(self, *args, **kwargs):
         self.trainer.put(self.trainer.best)
