@@ -63,11 +63,11 @@ def test_without_the_package_it_comes_from_the_hub_or_a_message_says_what_to_do(
 
 
 @pytest.mark.skipif(not AG_NEWS.is_dir(), reason="$AG_NEWS_FOLDER names no folder of rows")
-@pytest.mark.parametrize(("rows", "least"), [(400, 0.82), (1000, 0.83)])
+@pytest.mark.parametrize(("rows", "least"), [(400, 0.83), (1000, 0.84)])
 def test_on_real_rows(embed, rows, least):
     train, test = (read_ag_news_csv(AG_NEWS / f"{split}.csv") for split in ("train", "test"))
     train = pd.concat(part.sample(rows // 4, random_state=1) for _, part in train.groupby("label"))
-    regression = LogisticRegression(C=10, max_iter=1000)
+    regression = LogisticRegression(max_iter=1000)
     regression.fit(embed(train.raw.map(clean_text)), train.label)
     test = test[:1000]
     accuracy = regression.score(embed(test.raw.map(clean_text)), test.label)
