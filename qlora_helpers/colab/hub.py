@@ -150,5 +150,7 @@ def explain(name: str, kind: str, error: Exception) -> str:
     check = "Switch on Settings > Internet" if on_kaggle() else "Check the connection"
     return (
         f"{endpoint} cannot be reached, or stopped answering ({type(error).__name__}). "
-        f"{check} and try again: files that are complete are kept."
+        f"{check} and run this cell again: complete files are kept, an unfinished one begins anew. "
+        "If it stops once more, try on a new machine (in Colab: Runtime > Disconnect and delete "
+        "runtime)."
     )

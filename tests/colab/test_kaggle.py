@@ -70,4 +70,6 @@ def test_the_doctor_knows_a_batch_run_a_p100_and_internet_that_is_off(working, m
         "It is too old and not supported. Choose"
     )
     off = ConnectionError("no internet")
-    assert "Switch on Settings > Internet and try again" in hub.explain("a/b", "model", off)
+    assert "Switch on Settings > Internet and run this cell again" in hub.explain(
+        "a/b", "model", off
+    )
