@@ -1,11 +1,13 @@
 """Export a tuned model: its adapter as a zip file, or the adapter merged into the base model."""
 
+import contextlib
 import io
 import json
 import os
 import re
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -60,7 +62,24 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
     section 4.1). One decoder layer at a time is in memory. Raises ModelError for weights that
     float16 cannot hold, WorkspaceError if the disk is full. Nothing half-written stays.
     """
-    folder, base = Path(folder), classifier.model.get_base_model()
+    base = classifier.model.get_base_model()
+    with new_folder(folder) as partial:
+        _write_weights(base, partial)
+        config = base.config.to_dict() | {"dtype": "float16"}
+        config["architectures"] = [type(base).__name__]
+        config.pop("quantization_config", None)
+        type(base.config).from_dict(config).save_pretrained(partial)
+        classifier.tokenizer.save_pretrained(partial)
+    return Path(folder)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder, which becomes `folder` at the end of the block, whole or not at all.
+
+    Raises ModelError if `folder` is there already, WorkspaceError if it cannot be written.
+    """
+    folder = Path(folder)
     if os.path.lexists(folder):
         raise ModelError(f"{folder} is there already: delete it, or name another folder.")
     with writing(folder):
@@ -68,14 +87,8 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             partial = Path(temporary) / folder.name
             partial.mkdir()
-            _write_weights(base, partial)
-            config = base.config.to_dict() | {"dtype": "float16"}
-            config["architectures"] = [type(base).__name__]
-            config.pop("quantization_config", None)
-            type(base.config).from_dict(config).save_pretrained(partial)
-            classifier.tokenizer.save_pretrained(partial)
+            yield partial
             os.replace(partial, folder)
-    return folder
 
 
 @torch.no_grad()
