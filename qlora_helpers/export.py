@@ -1,13 +1,10 @@
 """Export a tuned model: its adapter as a zip file, or the adapter merged into the base model."""
 
-import contextlib
 import io
 import json
 import os
 import re
-import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,7 +27,7 @@ from qlora_helpers.adapter import (
 )
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.errors import ModelError
-from qlora_helpers.run.files import read_file, write_file, writing
+from qlora_helpers.run.files import new_folder, read_file, write_file
 from qlora_helpers.run.workspace import Workspace
 
 
@@ -60,7 +57,8 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
 
     Its weights are those that NF4 holds, dequantised, with (alpha / r) B A added (arXiv:2106.09685,
     section 4.1). One decoder layer at a time is in memory. Raises ModelError for weights that
-    float16 cannot hold, WorkspaceError if the disk is full. Nothing half-written stays.
+    float16 cannot hold, WorkspaceError if `folder` is there or cannot be written. Nothing
+    half-written stays.
     """
     base = classifier.model.get_base_model()
     with new_folder(folder) as partial:
@@ -71,24 +69,6 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
         type(base.config).from_dict(config).save_pretrained(partial)
         classifier.tokenizer.save_pretrained(partial)
     return Path(folder)
-
-
-@contextlib.contextmanager
-def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty folder, which becomes `folder` at the end of the block, whole or not at all.
-
-    Raises ModelError if `folder` is there already, WorkspaceError if it cannot be written.
-    """
-    folder = Path(folder)
-    if os.path.lexists(folder):
-        raise ModelError(f"{folder} is there already: delete it, or name another folder.")
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            partial = Path(temporary) / folder.name
-            partial.mkdir()
-            yield partial
-            os.replace(partial, folder)
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 
 from qlora_helpers.classifier import HeadlineClassifier
 from qlora_helpers.errors import ModelError
-from qlora_helpers.export import new_folder
 from qlora_helpers.prompts import TEMPLATE, encode_prompts, label_token_ids
+from qlora_helpers.run.files import new_folder
 
 _SCRIPT = '''\
 """Label headlines by llama.cpp: python classify.py BASE.gguf "a headline" ...
@@ -73,7 +73,8 @@ def export_gguf(classifier: HeadlineClassifier, folder: str | os.PathLike) -> Pa
 
     The folder gets adapter.gguf (float32), Modelfile (for Ollama) and classify.py, which prints the
     label probabilities of its arguments. Raises ModelError for a base model that is neither a Llama
-    nor a Mistral, WorkspaceError if the disk is full. Nothing half-written stays.
+    nor a Mistral, WorkspaceError if `folder` is there or cannot be written. Nothing half-written
+    stays.
     """
     base = classifier.model.get_base_model()
     if base.config.model_type not in ("llama", "mistral"):

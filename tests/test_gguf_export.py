@@ -91,7 +91,7 @@ def test_queries_and_keys_have_the_order_of_the_embedded_models_own_file():
 
 def test_what_cannot_be_exported_is_named_and_nothing_half_stays(classifier, tokenizer, tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(ModelError, match="mine is there already: delete it"):
+    with pytest.raises(WorkspaceError, match="mine is there already: delete it"):
         export_gguf(classifier, tmp_path / "mine")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (33_000, hard))  # bytes of each file

@@ -12,8 +12,8 @@ TESTS = Path(__file__).parent
 # README's map names the front files in order: each may import those above it.
 MAP = (ROOT.parent / "README.md").read_text("utf-8").partition("    qlora_helpers/\n")[2]
 FRONT = re.findall(r"^      (\w+)\.py ", MAP, re.M)
-USE_RUN = {"training", "adapter", "classifier", "export", "launch"}
-USE_HUB = {"data", "model", "adapter"}
+USE_RUN = {"training", "adapter", "classifier", "export", "gguf_export", "launch"}
+USE_HUB = {"data", "encoder", "model", "adapter"}
 MAX_DEPTH = 8
 MAX_LINES = 300
 MAX_COLUMNS = 100

@@ -8,7 +8,9 @@ import os
 import shutil
 import stat
 import tarfile
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -44,6 +46,24 @@ def copy_folder(source: Path, target: Path) -> None:
     remove(partial)
     shutil.copytree(source, partial, copy_function=shutil.copyfile)
     put_in_place(partial, target)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield an empty folder, which becomes `folder` at the end of the block, whole or not at all.
+
+    Raises WorkspaceError if `folder` is there already or cannot be written.
+    """
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise WorkspaceError(f"{folder} is there already: delete it, or name another folder.")
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            partial = Path(temporary) / folder.name
+            partial.mkdir()
+            yield partial
+            os.replace(partial, folder)
 
 
 def put_in_place(partial: Path, path: Path) -> None:
