@@ -31,6 +31,9 @@ pictures: $(READY) $(VENV)/.browser  ## the README's pictures of the panels, by 
 test-slow: $(READY)  ## kills and damages runs by the dozen: half an hour
 	$(BIN)/python -m pytest tests -m slow
 
+test-gguf: $(VENV)/.gguf  ## compiles llama.cpp, ten minutes, and compares its answers with ours
+	$(BIN)/python -m pytest notebooks tests/test_gguf_adapter.py
+
 test-colab: $(COLAB)/.ready  ## with Colab's versions; PYTHON=python3.13 for its Python too
 	$(COLAB)/bin/python -m pytest
 
@@ -84,4 +87,4 @@ $(COLAB)/.ready: requirements.txt constraints-colab.txt pyproject.toml Makefile
 repository:  ## URL=https://github.com/account/name: written into every badge and install cell
 	@$(PYTHON) notebooks/set_repository.py "$$URL"
 
-.PHONY: run app test test-quick pictures test-slow test-colab notebooks lint clean repository
+.PHONY: run app test test-quick pictures test-slow test-gguf test-colab notebooks lint clean repository

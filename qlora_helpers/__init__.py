@@ -35,7 +35,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     # 05_inference
     "classifier": "HeadlineClassifier classify_file",
     "export": "export_adapter merge_adapter",
-    "gguf_export": "export_gguf",
+    "gguf_adapter": "export_gguf",
     "colab.report": "run_report",
     # figures and panels
     "widgets.loss_panel": "LossPanel",

@@ -57,8 +57,7 @@ def merge_adapter(classifier: HeadlineClassifier, folder: str | os.PathLike) -> 
 
     Its weights are those that NF4 holds, dequantised, with (alpha / r) B A added (arXiv:2106.09685,
     section 4.1). One decoder layer at a time is in memory. Raises ModelError for weights that
-    float16 cannot hold, WorkspaceError if `folder` is there or cannot be written. Nothing
-    half-written stays.
+    float16 cannot hold, WorkspaceError if the disk is full. Nothing half-written stays.
     """
     base = classifier.model.get_base_model()
     with new_folder(folder) as partial:

@@ -68,7 +68,8 @@ def use_expandable_segments() -> None:
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Return the tokenizer of `config.base_model`; it pads on the right. Raises ModelError."""
-    tokenizer = _load(AutoTokenizer, _checkpoint(config.base_model), config, padding_side="right")
+    folder = base_weights_folder(config.base_model)
+    tokenizer = _load(AutoTokenizer, folder, config, padding_side="right")
     if tokenizer.pad_token is None:
         # Mistral v0.1 has none. Padding is masked: any token will do.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -84,7 +85,7 @@ def load_base_model(config: RunConfig) -> PreTrainedModel:
     free_memory()  # of an earlier model: its patched forwards are cycles, left to the collector
     use_expandable_segments()
     dtype, _ = compute_dtype()
-    folder = _checkpoint(config.base_model)
+    folder = base_weights_folder(config.base_model)
     model_config = load_model_config(folder, config)
     # of several processes, each has a GPU of its own
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
@@ -194,8 +195,8 @@ def _load(auto_class, folder: Path, config: RunConfig, **options):
             logging.enable_progress_bar()
 
 
-def _checkpoint(base_model: str) -> Path:
-    """Return the folder of the base weights, settings and tokenizer."""
+def base_weights_folder(base_model: str) -> Path:
+    """Return the folder of the base weights, settings and tokenizer. Raises ModelError."""
     if base_model == EMBEDDED_MODEL:
         return embedded_checkpoint()
     if os.path.isdir(base_model):

@@ -37,7 +37,7 @@ def test_the_merged_model_answers_as_the_adapter_does(classifier, tmp_path):
 def test_a_folder_that_is_there_is_left_alone(classifier, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "mine").write_text("")
-    with pytest.raises(WorkspaceError, match="merged is there already: delete it"):
+    with pytest.raises(ModelError, match="merged is there already: delete it"):
         merge_adapter(classifier, tmp_path / "merged")
     assert [path.name for path in (tmp_path / "merged").iterdir()] == ["mine"]
 

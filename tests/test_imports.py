@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 # README's map names the front files in order: each may import those above it.
 MAP = (ROOT.parent / "README.md").read_text("utf-8").partition("    qlora_helpers/\n")[2]
 FRONT = re.findall(r"^      (\w+)\.py ", MAP, re.M)
-USE_RUN = {"training", "adapter", "classifier", "export", "gguf_export", "launch"}
+USE_RUN = {"training", "adapter", "classifier", "export", "gguf_adapter", "launch"}
 USE_HUB = {"data", "encoder", "model", "adapter"}
 MAX_DEPTH = 8
 MAX_LINES = 300

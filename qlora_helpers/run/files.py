@@ -15,7 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from qlora_helpers.errors import WorkspaceError, reason
+from qlora_helpers.errors import ModelError, WorkspaceError, reason
 
 # what a failed write raises: torch.save, for one, a RuntimeError
 FAILURES = (OSError, RuntimeError, SafetensorError)
@@ -52,11 +52,11 @@ def copy_folder(source: Path, target: Path) -> None:
 def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty folder, which becomes `folder` at the end of the block, whole or not at all.
 
-    Raises WorkspaceError if `folder` is there already or cannot be written.
+    Raises ModelError if `folder` is there already, WorkspaceError if it cannot be written.
     """
     folder = Path(folder)
     if os.path.lexists(folder):
-        raise WorkspaceError(f"{folder} is there already: delete it, or name another folder.")
+        raise ModelError(f"{folder} is there already: delete it, or name another folder.")
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
