@@ -3,6 +3,7 @@ touched or trusted, and a message says so."""
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ def test_only_checkpoints_of_ours_are_removed(tmp_path, name):
     (tmp_path / "moved").rename(mine.with_name("checkpoint-best"))
     checkpoints.finish()
     assert [path.name for path in checkpoints.folder.iterdir()] == ["checkpoint-best"]
+
+
+def test_a_stopped_training_leaves_nothing_where_other_users_can_write(
+    stopped, workspace, tmp_path, monkeypatch
+):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    stopped(3)
+    assert (workspace / "checkpoints" / "checkpoint-3").exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 @pytest.mark.parametrize(
