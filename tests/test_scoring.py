@@ -182,6 +182,26 @@ def test_many_batches_run_in_a_thread_a_core_and_leave_everything_as_it_was(
     np.testing.assert_allclose(found, one_by_one, atol=TOLERANCE)
 
 
+def test_models_that_are_the_same_share_the_batches(tiny, small, small_batches, monkeypatch):
+    """As 04 has one on each GPU. Memory runs out on the second one, and the first does its rows."""
+    model, tokenizer = small
+    texts, prefix = TEXTS * 2, few_shot_prefix(TEXTS[:1], [" World"])
+    right = [label_probabilities(model, tokenizer, texts, CONFIG, prefix=p) for p in ("", prefix)]
+    other, asked = load_base_model(dataclasses.replace(CONFIG, base_model=tiny)), []
+
+    def watched(one, rows, label_ids):
+        asked.append(one)
+        if one is other and len(asked) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return label_logits(one, rows, label_ids)
+
+    monkeypatch.setattr(scoring, "label_logits", watched)
+    for p, expected in zip(("", prefix), right, strict=True):
+        found = label_probabilities([model, other], tokenizer, texts, CONFIG, prefix=p)
+        np.testing.assert_allclose(found, expected, atol=TOLERANCE)
+    assert {id(one) for one in asked} == {id(model), id(other)}
+
+
 def test_progress_is_one_line(small, capsys):
     label_probabilities(*small, TEXTS, CONFIG, progress="tuned model")
     shown = capsys.readouterr().err
