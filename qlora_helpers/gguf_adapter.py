@@ -20,8 +20,8 @@ from qlora_helpers.run.workspace import Workspace
 # What GGUF calls a family. Others may need more than new names: their rows in another order.
 _ARCHITECTURES = {"mistral": "llama"} | {n: n for n in ("llama", "qwen2", "qwen3", "gemma")}
 _WEIGHT = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-# base.gguf is the reader's to bring. The answer is one token: the first of the label's word.
 _MODELFILE = """\
+# base.gguf: the base model. The answer is the likeliest of all tokens, also of those of no label.
 FROM ./base.gguf
 ADAPTER ./adapter.gguf
 TEMPLATE \"\"\"$prompt\"\"\"

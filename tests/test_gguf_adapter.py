@@ -150,25 +150,32 @@ def classify(folder: Path, texts: list[str]) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(done.stdout), sep="\t", quoting=csv.QUOTE_NONE)
 
 
+def agreement(own: pd.DataFrame, expected: pd.DataFrame) -> float:
+    """Return the share of equal labels where the classifier is sure."""
+    sure, names = expected.confidence > SURE, list(own.columns[1:-1])
+    same = (own.label == expected.label)[sure]
+    moved = abs(own[names].to_numpy() - expected.iloc[:, 2:].to_numpy(float))
+    print(
+        f"{same.sum()} of {sure.sum()} sure labels agree, of {len(own)} rows; probabilities move "
+        f"by {moved.mean():.4f}, at most by {moved.max():.3f}"
+    )
+    return same.mean()
+
+
 def test_llama_cpp_answers_as_the_classifier_does(notebook_workspace, config, tmp_path):
     pytest.importorskip("llama_cpp")
+    classifier = HeadlineClassifier.from_workspace(notebook_workspace)
+    folder = export_gguf(Workspace(notebook_workspace), tmp_path / "gguf")
     texts = pd.read_parquet(notebook_workspace / "subset" / "test.parquet").text.tolist()
+    own = classify(folder, texts)
+    assert agreement(own, classifier(texts)) >= 0.99
     if AG_NEWS_FOLDER:
         rows = load_rows(dataclasses.replace(config, data=AG_NEWS_FOLDER))["test"]
-        texts += [clean_text(raw) for raw in rows.raw[:400]]
-    classifier = HeadlineClassifier.from_workspace(notebook_workspace)
-    expected = classifier(texts)
-    folder = export_gguf(Workspace(notebook_workspace), tmp_path / "gguf")
-    own = classify(folder, texts)
-    sure = expected.confidence > SURE
-    agreement = (own.label == expected.label)[sure].mean()
-    names = list(classifier.labels)
-    difference = abs(own[names].to_numpy() - expected.iloc[:, 2:].to_numpy(float)).mean()
-    print(f"{sure.sum()} of {len(texts)} rows above {SURE}: {agreement:.2%} of labels agree")
-    print(f"mean absolute difference of probabilities {difference:.4f}")
-    assert agreement >= 0.99
+        real = [clean_text(raw) for raw in rows.raw[:400]]
+        # unlike the sample: beside a base model in float32, .97 of the labels agreed
+        assert agreement(classify(folder, real), classifier(real)) >= 0.93
     script = folder / "classify.py"
     script.write_text(script.read_text().replace("lora_path=adapter", "lora_path=None"))
     base = classify(folder, texts)
-    print(f"without the adapter {(base.label != own.label).mean():.0%} of labels differ")
+    print(f"without the adapter {(base.label != own.label).sum()} labels differ")
     assert (base.label != own.label).mean() > 0.1
