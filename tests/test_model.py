@@ -134,7 +134,7 @@ def test_a_saved_adapter_holds_the_same_weights_and_gives_the_same_probabilities
         found = label_probabilities(saved, tokenizer, TEXTS, CONFIG)
     np.testing.assert_allclose(found, without, rtol=0, atol=1e-5)
     folder.mkdir()
-    (folder / "of_an_earlier_run").touch()
+    (folder / "calibration.json").write_text("of an earlier run")
     save_adapter(saved, run, folder)
     files = sorted(path.name for path in folder.iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors", "qlora_config.json"]
