@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
+from transformers import ProgressCallback
 
 from qlora_helpers.adapter import save_adapter
 from qlora_helpers.config import RunConfig
@@ -55,7 +56,12 @@ def train_run(folder: str | os.PathLike) -> None:
         if not state.is_main_process:
             nowhere = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
-        _train(Workspace(folder), state)
+        try:
+            _train(Workspace(folder), state)
+        except TrainingStopped:
+            if state.is_main_process:  # which alone knows of checkpoints
+                raise
+            sys.exit(2)
     state.destroy_process_group()
 
 
@@ -71,6 +77,8 @@ def _train(workspace: Workspace, state: PartialState) -> None:
     plan = plan_batches(model, tokenizer, subset["train"].text.tolist(), config)
     print(f"{state.num_processes} processes; in each, {plan.reason}.")
     trainer = LabelTrainer(model, tokenizer, subset, config, plan)
+    if not sys.stderr.isatty():  # its bars would fill a log
+        trainer.remove_callback(ProgressCallback)
     history = trainer.fit(workspace.checkpoints(), _reporter(workspace / _PROGRESS))
     if state.is_main_process:
         files = ["adapter", "training.json"]
@@ -92,8 +100,6 @@ def _reporter(path: Path) -> Callable:
         if time.monotonic() - last < _SECONDS or not PartialState().is_main_process:
             return
         last = time.monotonic()
-        if sys.stderr.isatty():
-            print(f"\r{status}", end=" ", file=sys.stderr, flush=True)
         with contextlib.suppress(WorkspaceError):  # it is not worth the training
             write_text(path, json.dumps({"history": history(), "status": status}))
 
@@ -139,7 +145,7 @@ def train_in_processes(workspace: Workspace, count: int, show: Callable | None =
                 stopped = True
     remove(progress)
     if process.returncode:
-        error = re.search(f"^{re.escape(_ERROR)}(.*)", log.read_text(errors="replace"), re.M)
+        error = re.search(f"{re.escape(_ERROR)}(.*)", log.read_text(errors="replace"))
         why = f"a process ended without a message ({log} has what it printed): run this notebook "
         why += "again, and it goes on from the newest checkpoint"
         raise (TrainingStopped if stopped else ModelError)(error[1] if error else why)
