@@ -47,7 +47,7 @@ def load_encoder() -> Callable[[Sequence[str]], np.ndarray]:
         texts = list(texts)
         starts = range(0, len(texts), _ROWS_AT_ONCE)
         parts = [_embed(tokenizer, model, texts[i : i + _ROWS_AT_ONCE]) for i in starts]
-        return np.concatenate([np.zeros((0, model.config.hidden_size), np.float32), *parts])
+        return np.concatenate([np.zeros((0, model.config.hidden_size)), *parts])
 
     return embed
 
@@ -58,4 +58,4 @@ def _embed(tokenizer, model, texts: list[str]) -> np.ndarray:
     batch = tokenizer(texts, return_tensors="pt", **options).to(model.device)
     is_token = batch["attention_mask"][..., None]
     mean = (model(**batch).last_hidden_state * is_token).sum(1) / is_token.sum(1)
-    return torch.nn.functional.normalize(mean).cpu().numpy()
+    return torch.nn.functional.normalize(mean.double()).cpu().numpy()
