@@ -75,7 +75,7 @@ def _train(workspace: Workspace, state: PartialState) -> None:
     model, tokenizer = load_base_model(config), load_tokenizer(config)
     model = attach_lora(model, lora_of(config), seed=config.seed)
     plan = plan_batches(model, tokenizer, subset["train"].text.tolist(), config)
-    print(f"{state.num_processes} processes; in each, {plan.reason}.")
+    print(f"Processes: {state.num_processes}; in each, {plan.reason}.")
     trainer = LabelTrainer(model, tokenizer, subset, config, plan)
     if not sys.stderr.isatty():  # its bars would fill a log
         trainer.remove_callback(ProgressCallback)

@@ -41,9 +41,14 @@ def label_logits(
     causal_lm = _causal_lm(model)
     packed = pack(encoded, causal_lm.device)
     # The dtypes are right already: the Trainer's autocast would change them.
-    with torch.autocast(causal_lm.device.type, enabled=False):
+    with _current(causal_lm.device), torch.autocast(causal_lm.device.type, enabled=False):
         hidden = causal_lm.base_model(**packed, use_cache=False).last_hidden_state[0]
         return _at_labels(causal_lm, hidden[packed["ends"]], label_ids)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which `device` is the current one, on which Triton starts kernels."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _causal_lm(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -185,9 +190,7 @@ def _in_threads(
     def begin():  # these settings are a thread's own
         model, own.score = waiting.popleft()
         torch.set_grad_enabled(False)
-        if model.device.type == "cuda":
-            torch.cuda.set_device(model.device)
-        else:
+        if model.device.type == "cpu":
             torch.set_num_threads(1)
 
     def attempt(batch):
@@ -222,12 +225,14 @@ def _score_after(model, shared: list[int], label_ids: list[int]) -> Iterator[Cal
         cache = copy.deepcopy(read.past_key_values)
         cache.batch_repeat_interleave(len(encoded))
         choices = {"attention_mask": mask.long(), "past_key_values": cache, "use_cache": True}
-        hidden = causal_lm.base_model(ids, **choices).last_hidden_state
+        with _current(device):
+            hidden = causal_lm.base_model(ids, **choices).last_hidden_state
         return _at_labels(causal_lm, hidden[torch.arange(len(encoded)), lengths - 1], label_ids)
 
     causal_lm.set_attn_implementation("sdpa")
     try:
-        read = causal_lm.base_model(torch.tensor([shared], device=device), use_cache=True)
+        with _current(device):
+            read = causal_lm.base_model(torch.tensor([shared], device=device), use_cache=True)
         yield logits
     finally:
         use_packed_attention(causal_lm)

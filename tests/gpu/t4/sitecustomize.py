@@ -50,8 +50,9 @@ def _set_terms(torch) -> None:
         return (7, 5) if "qlora_helpers" in asked_by else real(device)
 
     torch.cuda.get_device_capability = capability
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(GIB * 2**30 / total)
+    for gpu in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        torch.cuda.set_per_process_memory_fraction(GIB * 2**30 / total, gpu)
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
 
@@ -64,7 +65,8 @@ def _watch(torch) -> None:
     while not wait.wait(INTERVAL):
         status = Path("/proc/self/status").read_text()
         host = int(status.split("RssAnon:")[1].split()[0]) / 2**20
-        gpu = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_initialized() else 0.0
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        gpu = max((torch.cuda.max_memory_reserved(gpu) / 2**30 for gpu in gpus), default=0.0)
         higher = {"gpu_gib": max(gpu, peaks["gpu_gib"]), "host_gib": max(host, peaks["host_gib"])}
         if higher != peaks:
             peaks = higher
