@@ -208,13 +208,13 @@ class LabelTrainer(ResumableTrainer):
         parameters = self.trainable.values()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         numbers = torch.stack([loss, loss.new_tensor(self.schedule.stop)])
-        flat = torch.cat([numbers, *(gradient.flatten() for gradient in gradients)])
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), numbers])
         flat = processes.summed(flat, flat.device)
-        self.schedule.agreed = bool(flat[1])
-        parts = flat[2:].split([gradient.numel() for gradient in gradients])
+        *parts, numbers = flat.split([*(gradient.numel() for gradient in gradients), 2])
+        self.schedule.agreed = bool(numbers[1])
         for p, part in zip(parameters, parts, strict=True):
             p.grad = part.view_as(p)
-        return flat[0]
+        return numbers[0]
 
     def _halve_plan(self, rows: int, tokens: int) -> None:
         """Go on with half the micro-batch, and half the activations kept for backward. Raises
