@@ -8,12 +8,22 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import pytest
 import stages
 from safetensors.torch import load_file
 
-from qlora_helpers import TrainingStopped, train_in_processes
+from qlora_helpers import (
+    RunConfig,
+    TrainingStopped,
+    Workspace,
+    label_probabilities,
+    load_on_each_gpu,
+    load_tokenizer,
+    train_in_processes,
+)
+from qlora_helpers.config import PROFILES
 
 ROOT = Path(__file__).parents[1]
 # `accelerate launch` starts several processes on GPUs alone, with this program of PyTorch's
@@ -49,12 +59,16 @@ def alone(tiny, tmp_path_factory) -> Path:
     return folder
 
 
-def assert_same(folder: Path, alone: Path) -> None:
+def assert_same_losses(folder: Path, alone: Path) -> None:
     histories = [json.loads((run / "training.json").read_text()) for run in (folder, alone)]
-    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, alone)]
     for part in ("train", "validation"):
         found, right = ([entry["loss"] for entry in history[part]] for history in histories)
         assert found == pytest.approx(right, abs=1e-4)
+
+
+def assert_same(folder: Path, alone: Path) -> None:
+    assert_same_losses(folder, alone)
+    weights = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (folder, alone)]
     for name, weight in weights[1].items():
         assert (weights[0][name] - weight).abs().max() < 1e-3, name
 
@@ -107,3 +121,21 @@ def test_a_killed_process_ends_both_and_one_goes_on(prepared, alone, rank):
     assert not (prepared / "adapter").exists(), printed
     stages.train()
     assert_same(prepared, alone)
+
+
+@pytest.mark.slow
+def test_the_small_model_gives_the_same_losses_and_labels(tmp_path, monkeypatch):
+    answers = []
+    for count in (1, 2):
+        folder = tmp_path / str(count)
+        monkeypatch.setenv("QLORA_WORKSPACE", str(folder))
+        sizes = {"train_size": 49, "validation_size": 12, "test_size": 20, "num_epochs": 2}
+        config = RunConfig(**PROFILES["cpu"] | {"profile": "cpu"} | sizes)
+        stages.set_up(config)
+        texts = pd.read_parquet(stages.draw() / "subset/test.parquet").text
+        train_in_processes(Workspace(folder), count)
+        models, tokenizer = load_on_each_gpu(config, folder / "adapter"), load_tokenizer(config)
+        answers.append(label_probabilities(models, tokenizer, texts, config))
+    assert_same_losses(tmp_path / "2", tmp_path / "1")
+    assert (answers[0].argmax(1) == answers[1].argmax(1)).all()
+    assert abs(answers[0] - answers[1]).max() < 1e-3

@@ -1,9 +1,8 @@
 """Hold every Python process that has this folder on its path to a T4's terms, and note its peaks.
 
 The terms: compute capability 7.5 for qlora_helpers, 14.4 GiB of GPU memory, no flash and no cuDNN
-attention; of several training processes, each has its share of the CPU cores. The rest of torch
-sees the real card, since kernels must be compiled for it. The peaks of GPU memory and of anonymous
-host memory go to $REHEARSAL_PEAKS/<process>.json.
+attention. The rest of torch sees the real card, since kernels must be compiled for it. The peaks
+of GPU memory and of anonymous host memory go to $REHEARSAL_PEAKS/<process>.json.
 """
 
 import importlib.abc
@@ -74,14 +73,4 @@ def _watch(torch) -> None:
             file.write_text(json.dumps(peaks))
 
 
-def _own_cores() -> None:
-    """Give each of several training processes its share of the cores."""
-    rank, count = (int(os.environ.get(name, 0)) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    cores = sorted(os.sched_getaffinity(0))
-    if count > 1 and len(cores) >= count:
-        share = len(cores) // count
-        os.sched_setaffinity(0, cores[rank * share : (rank + 1) * share])
-
-
-_own_cores()
 sys.meta_path.insert(0, _TorchHook())
