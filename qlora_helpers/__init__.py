@@ -24,7 +24,7 @@ _MODULES = {  # each with its public names, in the order in which the notebooks 
     "adapter": "load_adapter load_on_each_gpu save_adapter",
     "fast.plan": "BatchPlan",
     "training": "LabelTrainer plan_batches",
-    "launch": "gpu_count train_in_processes",
+    "launch": "gpu_count lora_of publish_training train_in_processes",
     "history": "what_validation_says",
     "scoring": "check_same_adapter label_logits label_probabilities",
     # 04_evaluation

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import PartialState
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import ProgressCallback
 
 from qlora_helpers.adapter import save_adapter
@@ -81,14 +81,24 @@ def _train(workspace: Workspace, state: PartialState) -> None:
         trainer.remove_callback(ProgressCallback)
     history = trainer.fit(workspace.checkpoints(), _reporter(workspace / _PROGRESS))
     if state.is_main_process:
-        files = ["adapter", "training.json"]
-        with workspace.hold(_NOTEBOOK):
-            workspace.set_aside(_NOTEBOOK, files)
-            save_adapter(model, config, workspace / "adapter")
-            workspace.write("training.json", json.dumps(history, indent=1))
-            workspace.publish(_NOTEBOOK, vars(config), files, inputs=("02_data_subset",))
+        publish_training(workspace, model, config, history)
         workspace.checkpoints().finish()
         print(f"The adapter is in {workspace}/adapter. Next: notebooks/04_evaluation.ipynb.")
+
+
+def publish_training(
+    workspace: Workspace, model: PeftModel, config: RunConfig, history: dict
+) -> None:
+    """Write the adapter and its history, and publish them. No other notebook writes in between.
+
+    An earlier training of the workspace is moved to `earlier/`. Raises WorkspaceError.
+    """
+    files = ["adapter", "training.json"]
+    with workspace.hold(_NOTEBOOK):
+        workspace.set_aside(_NOTEBOOK, files)
+        save_adapter(model, config, workspace / "adapter")
+        workspace.write("training.json", json.dumps(history, indent=1))
+        workspace.publish(_NOTEBOOK, vars(config), files, inputs=("02_data_subset",))
 
 
 def _reporter(path: Path) -> Callable:

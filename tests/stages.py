@@ -36,12 +36,12 @@ from qlora_helpers import (
     load_base_model,
     load_rows,
     load_tokenizer,
+    lora_of,
     open_workspace,
-    save_adapter,
+    publish_training,
 )
 from qlora_helpers.config import PROFILES
 from qlora_helpers.fast.plan import BatchPlan
-from qlora_helpers.launch import lora_of
 
 SETTINGS = {
     "train_size": 44,  # six steps an epoch, each in four micro-batches
@@ -92,16 +92,13 @@ def trainer_for(
 
 def fit(workspace: Workspace, trainer: LabelTrainer, panel: LossPanel | None = None) -> dict:
     """Train and publish, as 03 does, and return the history."""
-    config, files = trainer.config, ["adapter", "training.json"]
+    config = trainer.config
     if workspace.is_current("03_qlora_training", vars(config)):
         print("This workspace holds the finished training with these settings.")
         history = workspace.read_json("03_qlora_training", "training.json")
     else:
         history = trainer.fit(workspace.checkpoints(), panel and panel.live)
-        workspace.set_aside("03_qlora_training", files)
-        save_adapter(trainer.model, config, workspace / "adapter")
-        workspace.write("training.json", json.dumps(history, indent=1))
-        workspace.publish("03_qlora_training", vars(config), files, inputs=("02_data_subset",))
+        publish_training(workspace, trainer.model, config, history)
     workspace.checkpoints().finish()
     return history
 
