@@ -100,6 +100,8 @@ def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
         if capability < (7, 0):  # a P100, for which Triton and newer builds of PyTorch have no code
             return Finding("GPU", why, "stop", f"It is too old and not supported. {choose}.")
         remedy = f"It is older than a T4, and nothing was tried there. {choose}."
+        count = torch.cuda.device_count()
+        runs += f", on {count} GPUs at once" if count > 1 else ""
         return _finding("GPU", f"{why}: {runs}", capability >= (7, 5), remedy, "warning")
     remedy = (
         f"{choose}. To run the small model on the CPU, choose PROFILE cpu in the "

@@ -71,4 +71,5 @@ def _machine() -> dict:
         major, minor = torch.cuda.get_device_capability()
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         facts["gpu"] = f"{torch.cuda.get_device_name()}, {major}.{minor}, {memory:.2f} GiB"
+        facts["gpus"] = torch.cuda.device_count()
     return facts

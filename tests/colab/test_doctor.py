@@ -123,6 +123,11 @@ def test_a_t4_with_the_hub(t4, server, workspace):
     }
 
 
+def test_two_gpus_share_the_work(t4, server, workspace, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert by_area(T4, workspace)["GPU"].found.endswith("runs in float16, on 2 GPUs at once")
+
+
 def test_a_gpu_that_is_older_than_a_t4_is_a_warning(t4, server, workspace, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
     assert verdicts(by_area(T4, workspace)) == {"GPU": "warning"}
