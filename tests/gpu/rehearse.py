@@ -97,7 +97,7 @@ def set_environment(arguments: argparse.Namespace) -> None:
         os.environ["QLORA_DATA"] = os.path.abspath(arguments.data)
     path = [str(Path(__file__).parent / "t4"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    os.environ["QLORA_PROFILE"] = "t4"
+    os.environ |= {"QLORA_PROFILE": "t4", "NCCL_NVLS_ENABLE": "0"}  # T4s have no NVLink
     os.sched_setaffinity(0, arguments.cores)
     sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
