@@ -108,7 +108,7 @@ def would_install(*requirements: str) -> set[str]:
 @needs_colab
 def test_the_versions_here_are_colabs():
     here = {plain(one.metadata["Name"]): one.version.partition("+")[0] for one in distributions()}
-    assert {name: here.get(name) for name in COLAB} == COLAB
+    assert {name: here.get(plain(name)) for name in COLAB} == COLAB
 
 
 @needs_colab

@@ -24,6 +24,12 @@ def checkpoint(request, tmp_path_factory):
     return save_random(request.param, tmp_path_factory.mktemp("model"), **choices)
 
 
+@pytest.fixture(autouse=True)
+def no_torchao(monkeypatch):
+    """For Colab's old torchao, which 01 says how to remove, PEFT refuses plain linear layers."""
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+
+
 def logits(model, rows=ROWS) -> torch.Tensor:
     """(rows, vocabulary), at each row's last token, of `rows` as a packed batch."""
     base = model.get_base_model()
