@@ -52,8 +52,6 @@ def train_run(folder: str | os.PathLike) -> None:
     WorkspaceError and ConfigError as `open_workspace`, and what `LabelTrainer.fit` does.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
-    if state.device.type == "cpu":
-        state.device = torch.device("cpu")  # some versions would load a checkpoint to "cpu:0"
     with contextlib.ExitStack() as stack:
         if not state.is_main_process:
             nowhere = stack.enter_context(open(os.devnull, "w"))
