@@ -77,7 +77,7 @@ def assert_same(folder: Path, alone: Path) -> None:
 
 @pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
-    reason='on a CPU, several processes load a checkpoint to "cpu:0", which torch.load does not know',
+    reason='on a CPU, processes load a checkpoint to "cpu:0", which torch.load does not know',
 )
 def test_two_processes_go_on_from_the_checkpoint_of_one_and_publish(prepared, alone, capsys):
     workspace, config = stages.open_workspace("02_data_subset")
