@@ -64,9 +64,7 @@ def main() -> None:
     work = arguments.work or Path(tempfile.mkdtemp(prefix="qlora_rehearsal_"))
     set_environment(arguments)
     if "mistral" in arguments.models:
-        checkpoint = work.absolute() / "random-mistral-7b-nf4"
-        make_checkpoint(checkpoint, arguments.tokenizer or fetch_tokenizer(work / "tokenizer"))
-        MODELS["mistral"]["QLORA_BASE_MODEL"] = str(checkpoint)
+        prepare_mistral(work, arguments.tokenizer)
     columns, patterns = {}, [CHAPTERS, ALL_IN_ONE] if arguments.all_in_one else [CHAPTERS]
     for repeat in range(1, arguments.repeats + 1):
         for model in arguments.models:
@@ -108,6 +106,13 @@ def fetch_tokenizer(folder: Path) -> Path:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
         subprocess.run([*command, "--target", folder, MISTRAL_COMMON], check=True)
     return folder / TOKENIZER_FILE
+
+
+def prepare_mistral(work: Path, tokenizer_file: Path | None) -> None:
+    """Make the random checkpoint in `work`, for the model `mistral`."""
+    checkpoint = work.absolute() / "random-mistral-7b-nf4"
+    make_checkpoint(checkpoint, tokenizer_file or fetch_tokenizer(work / "tokenizer"))
+    MODELS["mistral"]["QLORA_BASE_MODEL"] = str(checkpoint)
 
 
 def make_checkpoint(folder: Path, tokenizer_file: Path) -> None:

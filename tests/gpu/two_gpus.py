@@ -43,12 +43,9 @@ def main() -> None:
     arguments.cores = [0, 1]
     rehearse.set_environment(arguments)
     work = (arguments.work or Path(tempfile.mkdtemp(prefix="qlora_two_gpus_"))).absolute()
-    checkpoint = work / "random-mistral-7b-nf4"
-    tokenizer = arguments.tokenizer or rehearse.fetch_tokenizer(work / "tokenizer")
-    rehearse.make_checkpoint(checkpoint, tokenizer)
-    mistral = {"QLORA_BASE_MODEL": str(checkpoint)}
+    rehearse.prepare_mistral(work, arguments.tokenizer)
     worker = [__file__, "--in-worker"]
-    table = {}
+    table, first = {}, None
     for name, gpus, command, rows_a_step in (
         ("1 GPU", 1, LAUNCH, 16),
         ("2 GPUs", 2, LAUNCH, 16),
@@ -60,25 +57,24 @@ def main() -> None:
     ):
         folder = work / name.replace(" ", "_")
         rows = min(rows_a_step * STEPS, ROWS)
-        draw(folder, mistral, effective_batch_size=rows_a_step, train_size=rows)
+        draw(folder, "mistral", effective_batch_size=rows_a_step, train_size=rows, num_epochs=1)
         peak = run([*command, str(folder)], gpus)
         history = json.loads((folder / "training.json").read_text())
         table[name] = {
             "rows a step": rows_a_step,
             "training rows/s, steps alone": history["step_rows_per_second"],
             "peak GPU memory of a process, GiB": round(peak, 2),
-            "losses": [entry["loss"] for entry in history["train"]],
         }
+        losses = [entry["loss"] for entry in history["train"]]
+        first = first or losses
         if rows_a_step == 16:
-            pairs = zip(table[name].pop("losses"), first_losses(work), strict=True)
-            changes = [abs(one - other) for one, other in pairs]
+            changes = [abs(one - other) for one, other in zip(losses, first, strict=True)]
             table[name]["loss, mean change of a step"] = round(statistics.mean(changes), 5)
             table[name]["largest"] = round(max(changes), 5)
-        table[name].pop("losses", None)
         print(json.dumps({name: table[name]}), flush=True)
     run([*worker, "score", str(folder)], 2)  # the last one has the most rows
     small = work / "small"
-    draw(small, rehearse.MODELS["smollm2"])
+    draw(small, "smollm2")
     run([*worker, "lose_a_process", str(small)], 2)
     run([*LAUNCH, str(small)], 1)
     history = json.loads((small / "training.json").read_text())
@@ -87,21 +83,15 @@ def main() -> None:
     print(f"\n{rehearse.description()}\n\n{rehearse.as_table(columns)}")
 
 
-def first_losses(work: Path) -> list[float]:
-    history = json.loads((work / "1_GPU" / "training.json").read_text())
-    return [entry["loss"] for entry in history["train"]]
-
-
-def draw(folder: Path, settings: dict[str, str], **choices) -> None:
-    """Fill the workspace `folder` as 01 and 02 do, for one epoch unless `settings` are given."""
+def draw(folder: Path, model: str, **choices) -> None:
+    """Fill the workspace `folder` for a `model` of rehearse.py, as 01 and 02 do."""
     sys.path.insert(0, str(rehearse.ROOT / "tests"))
     import stages
 
     from qlora_helpers import RunConfig
 
-    os.environ |= settings | {"QLORA_WORKSPACE": str(folder)}
-    epochs = {"num_epochs": 1, "test_size": 1000} if choices else {}
-    stages.set_up(RunConfig.from_environment(**choices, **epochs))
+    os.environ |= rehearse.MODELS[model] | {"QLORA_WORKSPACE": str(folder)}
+    stages.set_up(RunConfig.from_environment(**choices))
     stages.draw()
 
 
