@@ -20,7 +20,7 @@ def test_the_merged_model_answers_as_the_adapter_does(classifier, tmp_path):
     assert {path.name for path in folder.parent.iterdir()} == {"merged", "merged.partial"}
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     parameters = classifier.model.get_base_model().num_parameters()
-    assert size == pytest.approx(2 * parameters, rel=0.01)  # as 05 announces
+    assert size == pytest.approx(2 * parameters, rel=0.02)  # as 05 announces
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert not any("lora" in name for name, _ in model.named_parameters())

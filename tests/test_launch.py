@@ -3,18 +3,19 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import pandas as pd
 import psutil
 import pytest
 import stages
 import transformers
+from accelerate.state import AcceleratorState
 from packaging.version import Version
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qlora_helpers import (
     RunConfig,
@@ -26,18 +27,30 @@ from qlora_helpers import (
     train_in_processes,
 )
 from qlora_helpers.config import PROFILES
+from qlora_helpers.launch import train_run
 
-ROOT = Path(__file__).parents[1]
-# `accelerate launch` starts several processes on GPUs alone, with this program of PyTorch's
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SETTINGS = {"train_size": 17, "effective_batch_size": 15, "num_epochs": 12}  # batches of 15 and 2
 
 
-def launch(folder: Path) -> subprocess.Popen:
-    command = [sys.executable, *TORCHRUN, "-m", "qlora_helpers", "train", "--workspace", folder]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "QLORA_PROFILE": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=os.environ | environment, **pipes)
+def launch(folder: Path, log: Path) -> int:
+    """Fork a process that trains in two forked processes, and return its id.
+
+    As `python -m torch.distributed.run` does, but for the seconds that new processes take to
+    import. `log` names the file for what they print; beside it, `<log>.<rank>` has a process's id.
+    """
+
+    def train() -> None:
+        log.with_suffix(f".{os.environ['RANK']}").write_text(str(os.getpid()))
+        AcceleratorState._reset_state(True)  # in pytest's process it is that of one process
+        train_run(folder)
+
+    def start() -> None:
+        options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
+        options["max_restarts"] = 0
+        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **options)
+        elastic_launch(config, train)()
+
+    return forks.start(start, log)
 
 
 @pytest.fixture
@@ -114,17 +127,17 @@ def test_a_stop_ends_both_after_the_same_step(tiny, workspace):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_both_and_one_goes_on(prepared, alone, rank):
-    launched = launch(prepared)
+def test_a_killed_process_ends_both_and_one_goes_on(prepared, alone, tmp_path, rank):
+    log = tmp_path / "log"
+    launched = launch(prepared, log)
     while not list(prepared.glob("checkpoints/checkpoint-*[0-9]")):
-        assert launched.poll() is None, launched.communicate()[0]
+        assert os.waitpid(launched, os.WNOHANG) == (0, 0), log.read_text()
         time.sleep(0.02)
-    processes = psutil.Process(launched.pid).children()
-    ranks = {process.environ()["RANK"]: process for process in processes}
-    ranks[str(rank)].send_signal(signal.SIGKILL)
-    printed, _ = launched.communicate()
-    assert launched.returncode != 0 and not any(process.is_running() for process in processes)
-    assert not (prepared / "adapter").exists(), printed
+    processes = [int(log.with_suffix(f".{n}").read_text()) for n in (0, 1)]
+    os.kill(processes[rank], signal.SIGKILL)
+    _, status = os.waitpid(launched, 0)
+    assert status != 0 and not any(map(psutil.pid_exists, processes))
+    assert not (prepared / "adapter").exists(), log.read_text()
     stages.train()
     assert_same(prepared, alone)
 

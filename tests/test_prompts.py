@@ -14,6 +14,11 @@ from qlora_helpers.prompts import (
 CUE = [198, 29718, 42]  # \n|Topic|:
 
 
+@pytest.fixture
+def tokenizer(embedded_tokenizer):
+    return embedded_tokenizer
+
+
 def test_a_prompt_and_its_tokens(tokenizer):
     assert build_prompt("Rain stops {play} in Leeds") == "Rain stops {play} in Leeds\nTopic:"
     assert encode_prompts(tokenizer, ["Rain stops play", "Rain"], 256) == [

@@ -126,7 +126,7 @@ def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(
         encoded = [tokenizer(prefix + build_prompt(text)).input_ids for text in texts]
         with torch.no_grad():
             logits = [model(torch.tensor([row])).logits[0, -1, ids].double() for row in encoded]
-        np.testing.assert_allclose(found, torch.stack(logits).softmax(1).numpy(), atol=1e-6)
+        np.testing.assert_allclose(found, torch.stack(logits).softmax(1).numpy(), atol=1e-5)
     five, one, equal, alike = read
     assert one == equal == len(tokenizer(prefix + build_prompt(TEXTS[0])).input_ids) - 1
     assert 5 < five < alike < one

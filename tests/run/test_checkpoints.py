@@ -1,10 +1,14 @@
 import json
 import os
+import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import stages
 
@@ -141,25 +145,64 @@ def test_no_secret_is_written(stopped, workspace, monkeypatch, capfd):
     assert secret not in "".join(capfd.readouterr())
 
 
-def _run(*arguments) -> subprocess.CompletedProcess:
-    env, root = os.environ | {"OMP_NUM_THREADS": "1"}, Path(stages.__file__).parents[1]
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=root)
+def _run(config, folder: Path, change: int = 0, seconds: float = 0) -> tuple[int, str, float]:
+    """Run everything in `folder`, in a forked process; return its exit code, what it printed, and
+    its seconds of CPU time, which are the same on a busy machine.
+
+    It kills itself at its `change`-th change of a file, or after so many `seconds` of CPU time.
+    """
+    changes, log = 0, folder.with_suffix(".txt")
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal changes
+        if not arguments or not str(arguments[0]).startswith(str(folder)):
+            return
+        flags = arguments[2] if event == "open" else 0
+        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
+        if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+            changes += 1
+            if changes == change:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def run() -> None:
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # nothing handles SIGPROF: it ends it
+        os.environ["QLORA_WORKSPACE"] = str(folder)
+        sys.addaudithook(count)
+        stages.run_all(config)
+        print("changes", changes)
+
+    _, status, used = os.wait4(forks.start(run, log), 0)
+    seconds = used.ru_utime + used.ru_stime
+    return os.waitstatus_to_exitcode(status), log.read_text(), seconds
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_ends_as_if_never_stopped(tiny, tmp_path, kills):
-    done = _run(stages.__file__, tiny, tmp_path / "runs", str(kills), str(kills))
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{kills} of {kills} ended as the run that was never stopped." in done.stdout
+    config, chance = stages.tiny_config(tiny), random.Random(kills)
+    status, said, whole = _run(config, tmp_path / "expected")
+    assert status == 0, said
+    expected, changes = stages.result(tmp_path / "expected"), int(said.split()[-1])
+    for i in range(kills):
+        folder, number = tmp_path / str(i), signal.SIGKILL if i % 2 else signal.SIGPROF
+        kind = "change" if i % 2 else "seconds"
+        at = chance.randint(1, changes) if i % 2 else chance.uniform(0.25, 0.95) * whole
+        while (status := _run(config, folder, **{kind: at})[0]) == 0:
+            shutil.rmtree(folder)  # it had less to do than the one that was measured
+            at = type(at)(0.8 * at)
+        again, said, _ = _run(config, folder)
+        case = f"killed ({status}) at {kind} {at:.4g}: {said}"
+        assert (status, again) == (-number, 0), case
+        assert stages.result(folder) == expected, case
+        print(case.partition("\n")[0], *re.findall("Going on.*", said))
+        shutil.rmtree(folder)
 
 
 @pytest.mark.slow
 def test_a_second_and_third_run_in_one_kernel_hold_no_more_memory(tmp_path, monkeypatch):
     """Anonymous memory, of the embedded model, by the cells of 03."""
     monkeypatch.setenv("QLORA_WORKSPACE", str(tmp_path / "run"))
-    done = _run(Path(stages.__file__).with_name("memory.py"))
+    program, root = Path(stages.__file__).with_name("memory.py"), Path(stages.__file__).parents[1]
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     first, *later = json.loads(done.stdout.splitlines()[-1])

@@ -1,15 +1,14 @@
 """The panels under ipywidgets 7.7.1, which Colab has: in a process of its own."""
 
-import os
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 
-ROOT = Path(__file__).parents[2]
 NEEDED = ["ipywidgets==7.7.1", "ipython_genutils==0.2.0"]  # the rest of what it imports is here
-CHECK = "import ipywidgets; assert ipywidgets.__version__ == '7.7.1'; import pytest, sys; "
 
 
 @pytest.fixture
@@ -24,14 +23,18 @@ def packages(request) -> Path:
     return folder
 
 
-def test_the_panels_under_ipywidgets_77(packages):
+def test_the_panels_under_ipywidgets_77(packages, tmp_path):
     """All but the hostile texts, which are not ipywidgets' matter."""
-    options = ["--override-ini=addopts=", "-q", "-p", "no:cacheprovider", "-k", "not hostile"]
-    tests = str(Path(__file__).with_name("test_widgets.py"))
-    command = f"{CHECK}sys.exit(pytest.main({[*options, tests]}))"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(packages), str(ROOT)])}
-    done = subprocess.run(
-        [sys.executable, "-c", command], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+
+    def run_tests() -> int:
+        for name in list(sys.modules):
+            if name.startswith(("ipywidgets", "qlora_helpers.widgets", "test_widgets")):
+                del sys.modules[name]
+        sys.path.insert(0, str(packages))
+        assert importlib.import_module("ipywidgets").__version__ == "7.7.1"
+        options = ["--override-ini=addopts=", "-q", "-p", "no:cacheprovider", "-k", "not hostile"]
+        return pytest.main([*options, str(Path(__file__).with_name("test_widgets.py"))])
+
+    code, said = forks.run(run_tests, tmp_path / "log.txt")
+    assert code == 0, said[-4000:]
+    assert " passed" in said and "skipped" not in said

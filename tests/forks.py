@@ -1,0 +1,34 @@
+"""Functions in forked processes, which need no ten seconds to import all packages once more."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+
+def start(function: Callable[[], object], log: Path) -> int:
+    """Fork a process that calls `function` and prints to the file `log`, and return its id.
+
+    Its exit code is 1 after an exception, what `function` returns if that is a number, else 0.
+    """
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+        os.dup2(1, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # not pytest's
+        answer = function()
+        code = answer if isinstance(answer, int) else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def run(function: Callable[[], object], log: Path) -> tuple[int, str]:
+    """Call `function` as `start` does; return the exit code of its process and what it printed."""
+    _, status = os.waitpid(start(function, log), 0)
+    return os.waitstatus_to_exitcode(status), log.read_text()
