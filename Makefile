@@ -1,6 +1,6 @@
 # make run: the five notebooks, one after the other; make run ALL_IN_ONE=1: in one kernel.
 # make app: 05's panels as a page.
-# make test: all that can be checked without a GPU, in 12 to 20 minutes on two cores.
+# make test: all that can be checked without a GPU, in 12 to 16 minutes on two cores.
 # make test-quick: the tests that need no real model.
 # make test-colab: as make test, with Colab's versions.
 PYTHON ?= python3
@@ -23,7 +23,7 @@ test: $(READY) $(BROWSER) test-quick  ## the small model's products take both co
 	$(BIN)/python -m pytest -m "real_model and not slow"
 
 test-quick: $(READY) $(TRACKERS)  ## all but the notebooks, and the tests that need the small model's weights
-	$(BIN)/python -m pytest tests -m "not real_model and not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -m "not real_model and not slow" -n 2 --dist worksteal
 
 app: $(VENV)/.app  ## 05's panels as a page, for this machine alone: http://localhost:8866
 	$(BIN)/python notebooks/serve.py --port=$(PORT)

@@ -8,7 +8,7 @@ import stages
 import torch
 from lora_models import save_tiny
 from peft import LoraConfig
-from transformers import GemmaConfig, LlamaConfig, PhiConfig, Qwen2Config
+from transformers import LlamaConfig, PhiConfig
 
 from qlora_helpers import training
 from qlora_helpers.adapter import load_adapter
@@ -76,10 +76,8 @@ def _adapter(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.trainable.items()}
 
 
-@pytest.mark.parametrize(
-    ("family", "rate"),
-    [(LlamaConfig, 0.05), (Qwen2Config, 0.5), (GemmaConfig, 0.05), (PhiConfig, 0.5)],
-)
+# Llama's layers are fused, Phi's are not
+@pytest.mark.parametrize(("family", "rate"), [(LlamaConfig, 0.05), (PhiConfig, 0.5)])
 def test_no_plan_changes_a_loss(prepared, tokenizer, tmp_path, family, rate):
     # Phi has dropout of its own
     own = {"resid_pdrop": 0.1, "embd_pdrop": 0.1} if family is PhiConfig else {}
