@@ -70,7 +70,9 @@ def _watch(torch) -> None:
         higher = {"gpu_gib": max(gpu, peaks["gpu_gib"]), "host_gib": max(host, peaks["host_gib"])}
         if higher != peaks:
             peaks = higher
-            file.write_text(json.dumps(peaks))
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(peaks))
+            partial.replace(file)  # the kernel may be killed, or the file read, at any time
 
 
 sys.meta_path.insert(0, _TorchHook())
