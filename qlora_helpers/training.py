@@ -143,7 +143,7 @@ class LabelTrainer(ResumableTrainer):
         }
 
     def _get_train_sampler(self, train_dataset=None):
-        # The Trainer's own draws from the global generator: the order of the second epoch would
+        # The Trainer's own sampler uses the global generator: the order of the second epoch would
         # then depend on what else draws from it.
         sampler = LengthGroupedSampler(
             self.config.effective_batch_size,
@@ -268,7 +268,7 @@ class LabelTrainer(ResumableTrainer):
         return self.history(self.watch.seconds)
 
     def _identity(self) -> dict:
-        """Return the settings and a hash of the rows. A training goes on with these alone."""
+        """Return the settings and a hash of the rows. A training goes on only with these."""
         lora = self.model.peft_config["default"]
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
         settings = json.loads(self.config.to_json())

@@ -31,7 +31,7 @@ class _Schedule(TrainerCallback):
         self.trainer, self.minutes, self.steps = trainer, minutes, steps
         self.stop, self.saved = False, 0.0
         self.agreed = None  # of several processes: whether one of them was asked to stop
-        self.began = False  # a step: what was wrong with a checkpoint shows before
+        self.began = False  # whether a step has begun: a bad checkpoint fails before
         self.random_state = None  # before the running step, until its optimizer step begins
 
     def signalled(self, number, frame):
@@ -74,9 +74,8 @@ class ResumableTrainer(Trainer):
 
     Each holds the trainable weights, those of the best epoch so far, the states of optimizer,
     scheduler, scaler and random numbers, the log, and `facts`. The order of the rows may depend on
-    the seed and `epochs_before`, not on what a stop loses. A batch is an optimizer step. A
-    checkpoint is written after each epoch, every `checkpoint_minutes` and, if given, every
-    `checkpoint_steps`.
+    the seed and `epochs_before`, and on no other state. A batch is an optimizer step. A checkpoint
+    is written after each epoch, every `checkpoint_minutes` and, if given, every `checkpoint_steps`.
     """
 
     def __init__(self, *args, checkpoint_minutes=10.0, checkpoint_steps=None, **kwargs):

@@ -65,7 +65,7 @@ class Workspace:
             inputs: the notebooks whose files it read.
             facts: more for the manifest, which is returned.
         Raises: WorkspaceError if a file is missing or another notebook has written it, if the
-            manifest cannot be written, or if one of `inputs` has run again since it was opened.
+            manifest cannot be written, or if what one of `inputs` published has changed since.
         """
         global _began
         with self.hold(notebook):
