@@ -1,10 +1,16 @@
 """Functions in forked processes, which need no ten seconds to import all packages once more."""
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
+import torch
+
+MOST_SECONDS = 1800  # of a forked process, so that one that hangs ends, also on a busy machine
 
 
 def start(function: Callable[[], object], log: Path) -> int:
@@ -12,19 +18,23 @@ def start(function: Callable[[], object], log: Path) -> int:
 
     Its exit code is 1 after an exception, what `function` returns if that is a number, else 0.
     """
+    if torch.cuda.is_initialized():
+        pytest.skip("a process that has used a GPU cannot be forked")
     if pid := os.fork():
         return pid
     code = 1
     try:
+        signal.alarm(MOST_SECONDS)
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)  # not pytest's
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # pytest has replaced both
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         answer = function()
+        sys.stdout.flush()
         code = answer if isinstance(answer, int) else 0
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stdout.flush()
         os._exit(code)
 
 

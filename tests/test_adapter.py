@@ -183,16 +183,17 @@ def test_what_is_not_plain_lora_of_this_base_model_is_refused(saved, folder, mon
     assert {name: id(module) for name, module in base.named_modules()} == before
 
 
-def test_the_same_training_gives_the_same_folder_bit_for_bit(saved, tmp_path):
+def test_the_same_adapter_gives_the_same_folder_bit_for_bit(saved, tmp_path):
     _, config, folder = saved
     save(config.base_model, tmp_path / "adapter")
     names = ["adapter_config.json", "adapter_model.safetensors", "qlora_config.json"]
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == names
     for name in names:
         assert (tmp_path / "adapter" / name).read_bytes() == (folder / name).read_bytes()
-    # PEFT holds a set, whose order follows the process
-    targets = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
-    assert targets == sorted(targets) and len(targets) == 14
+    # PEFT holds sets, whose order follows the process
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert len(settings["target_modules"]) == 14
+    assert all(value == sorted(value) for value in settings.values() if isinstance(value, list))
 
 
 def test_a_folder_of_something_else_is_not_replaced(saved, folder):

@@ -9,6 +9,7 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
+from filelock import FileLock
 from lora_models import NF4, save_random
 from transformers import (
     AutoModelForCausalLM,
@@ -52,13 +53,14 @@ def tokenizer_file(request):
     """Mistral v0.1's sentencepiece model, which a package on PyPI ships."""
     folder = request.config.cache.mkdir(MISTRAL_COMMON)
     file = folder / "mistral_common" / "data" / "tokenizer.model.v1"
-    if not file.is_file():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-        command = [*pip, "--target", folder, MISTRAL_COMMON]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        if done.returncode:
-            said = done.stderr.strip().splitlines()[-1]
-            pytest.skip(f"{MISTRAL_COMMON} cannot be installed here: {said}")
+    with FileLock(folder / ".lock"):  # another process may run tests of this file too
+        if not file.is_file():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+            command = [*pip, "--target", folder, MISTRAL_COMMON]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                said = done.stderr.strip().splitlines()[-1]
+                pytest.skip(f"{MISTRAL_COMMON} cannot be installed here: {said}")
     return file
 
 

@@ -1,17 +1,19 @@
-"""The command line."""
+"""The command line, in this process and, for what a shell sees, in one of its own."""
 
 import io
 import json
 import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
-import forks
 import pytest
 
 from qlora_helpers import LABELS
 from qlora_helpers.__main__ import main
 
+ROOT = Path(__file__).parents[1]
 TEXTS = ["Striker signs record contract", "Oil climbs, shares fall", "雨で試合中止"]
 
 
@@ -38,26 +40,24 @@ def piped(monkeypatch, capsys):
     return call
 
 
-def test_a_pipe_whose_reader_stops_early(tuned, classifier, tmp_path):
-    """In a bare shell's encoding. Thousands of lines are left, which the pipe cannot hold."""
-    (tmp_path / "lines").write_text("\n".join([*TEXTS, "", *["Rain stops play"] * 1000]))
-    reader, writer = os.pipe()
-
-    def classify() -> int:
-        os.close(reader)
-        os.dup2(writer, 1)
-        os.close(writer)
-        sys.stdin = open(tmp_path / "lines")  # noqa: SIM115
-        sys.stdout = os.fdopen(1, "w", encoding="ascii", closefd=False)
-        return main(["classify", "--workspace", str(tuned.path)])
-
-    process = forks.start(classify, tmp_path / "log")
-    os.close(writer)
-    with os.fdopen(reader, encoding="utf-8") as pipe:
-        *rows, empty = [json.loads(next(pipe)) for _ in range(4)]
-    _, status = os.waitpid(process, 0)
-    assert (status, (tmp_path / "log").read_text()) == (0, "")
-    assert rows == [expected(classifier, text) for text in TEXTS]
+def test_in_a_process_of_its_own_whose_reader_stops_early(tuned, classifier):
+    """In a bare shell's encoding. `head` ends after the first lines; thousands are left, which the
+    pipe cannot hold."""
+    lines = "\n".join([*TEXTS, "", *["Rain stops play"] * 1000])
+    command = [sys.executable, "-m", "qlora_helpers", "classify", "--workspace", str(tuned.path)]
+    shell = ["bash", "-c", '"$@" | head -n 4; echo ${PIPESTATUS[0]}', "bash"]
+    environment = {"PYTHONPATH": str(ROOT), "LANG": "C", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [*shell, *command],
+        input=lines.encode(),
+        capture_output=True,
+        cwd=ROOT,
+        timeout=600,
+        env=os.environ | environment,
+    )
+    assert done.stderr == b""
+    *rows, empty, code = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert rows == [expected(classifier, text) for text in TEXTS] and code == 0
     assert empty == {"text": "", "label": None, "confidence": None, "probabilities": None}
 
 

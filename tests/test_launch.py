@@ -28,6 +28,7 @@ from qlora_helpers import (
 )
 from qlora_helpers.config import PROFILES
 from qlora_helpers.launch import train_run
+from qlora_helpers.run.checkpoints import Checkpoints
 
 SETTINGS = {"train_size": 17, "effective_batch_size": 15, "num_epochs": 12}  # batches of 15 and 2
 
@@ -35,16 +36,25 @@ SETTINGS = {"train_size": 17, "effective_batch_size": 15, "num_epochs": 12}  # b
 def launch(folder: Path, log: Path) -> int:
     """Fork a process that trains in two forked processes, and return its id.
 
-    As `python -m torch.distributed.run` does, but for the seconds that new processes take to
-    import. `log` names the file for what they print; beside it, `<log>.<rank>` has a process's id.
+    PyTorch's agent starts and watches them, as it does for `torch.distributed.run`. After the first
+    checkpoint the first process waits for a signal. `log` names the file for what they print;
+    beside it, `<log>.<rank>` has a process's id.
     """
+    write = Checkpoints.write
+
+    def write_and_wait(*args, **facts) -> bool:
+        written = write(*args, **facts)
+        signal.pause()
+        return written
 
     def train() -> None:
         log.with_suffix(f".{os.environ['RANK']}").write_text(str(os.getpid()))
         AcceleratorState._reset_state(True)  # in pytest's process it is that of one process
+        Checkpoints.write = write_and_wait
         train_run(folder)
 
     def start() -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"
         options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
         options["max_restarts"] = 0
         config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **options)

@@ -10,8 +10,10 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
+import forks
 import pytest
 import stages
 
@@ -255,7 +257,7 @@ def test_settings_that_come_back_are_newer_than_those_between(drive, new_machine
     assert open_workspace("02_data_subset")[1].seed == 1
 
 
-def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_machine):
+def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_machine, tmp_path):
     """The kernel dies at the first change of Drive, at the second, and so on, until it is done."""
     new_machine()
     older = rows(publish(seed=1))
@@ -263,13 +265,11 @@ def test_a_push_that_is_killed_leaves_the_older_or_the_newer_copy(drive, new_mac
     while status != 0:
         kill_at += 1
         new_machine()
-        if not (child := os.fork()):
-            _push_and_die(kill_at)
-        _, status = os.waitpid(child, 0)
+        status, said = forks.run(partial(_push_and_die, kill_at), tmp_path / "log")
         new_machine()
         opened, _ = open_workspace("02_data_subset")  # whose files are checked
         seen.append(rows(opened))
-        assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL)
+        assert status in (0, -signal.SIGKILL), said
     newer = [data for data in seen if data != older]
     assert kill_at > 10 and seen == [older] * (kill_at - len(newer)) + newer
     assert seen[-1] == b"newer"
@@ -291,17 +291,13 @@ def _push_and_die(kill_at: int) -> None:
         if changing and "MyDrive" in str(arguments[0]):
             change()
 
-    try:
-        workspace, config = open_workspace("02_data_subset")
-        workspace.push()
-        workspace.mirror._jobs.count = change  # each piece that is written or read
-        sys.addaudithook(audit)
-        workspace.write("subset/train.parquet", "newer")
-        workspace.publish("02_data_subset", vars(config), ["subset"], inputs=("01_setup",))
-        workspace.push()
-        os._exit(0)
-    finally:
-        os._exit(1)
+    workspace, config = open_workspace("02_data_subset")
+    workspace.push()
+    workspace.mirror._jobs.count = change  # each piece that is written or read
+    sys.addaudithook(audit)
+    workspace.write("subset/train.parquet", "newer")
+    workspace.publish("02_data_subset", vars(config), ["subset"], inputs=("01_setup",))
+    workspace.push()
 
 
 def test_files_that_changed_since_they_were_published_are_not_pushed(drive, new_machine, capsys):

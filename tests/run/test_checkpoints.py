@@ -172,8 +172,7 @@ def _run(config, folder: Path, change: int = 0, seconds: float = 0) -> tuple[int
         print("changes", changes)
 
     _, status, used = os.wait4(forks.start(run, log), 0)
-    seconds = used.ru_utime + used.ru_stime
-    return os.waitstatus_to_exitcode(status), log.read_text(), seconds
+    return os.waitstatus_to_exitcode(status), log.read_text(), used.ru_utime + used.ru_stime
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.slow)])
@@ -202,7 +201,8 @@ def test_a_second_and_third_run_in_one_kernel_hold_no_more_memory(tmp_path, monk
     """Anonymous memory, of the embedded model, by the cells of 03."""
     monkeypatch.setenv("QLORA_WORKSPACE", str(tmp_path / "run"))
     program, root = Path(stages.__file__).with_name("memory.py"), Path(stages.__file__).parents[1]
-    done = subprocess.run([sys.executable, program], capture_output=True, text=True, cwd=root)
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "cwd": root}
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     first, *later = json.loads(done.stdout.splitlines()[-1])

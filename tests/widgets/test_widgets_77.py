@@ -33,6 +33,7 @@ def test_the_panels_under_ipywidgets_77(packages, tmp_path):
         sys.path.insert(0, str(packages))
         assert importlib.import_module("ipywidgets").__version__ == "7.7.1"
         options = ["--override-ini=addopts=", "-q", "-p", "no:cacheprovider", "-k", "not hostile"]
+        options.append(f"--basetemp={tmp_path / 'inner'}")
         return pytest.main([*options, str(Path(__file__).with_name("test_widgets.py"))])
 
     code, said = forks.run(run_tests, tmp_path / "log.txt")
