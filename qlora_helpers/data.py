@@ -78,6 +78,12 @@ def draw_subset(rows: dict[str, pd.DataFrame], config: RunConfig) -> dict[str, p
                 f"train_size={config.train_size} and validation_size={config.validation_size} "
                 f"need {needed}: lower QLORA_TRAIN_SIZE or add rows."
             )
+    if not train_shares.all() or not validation_shares.any():
+        raise DataError(
+            f"of {config.data!r}, train_size={config.train_size} and validation_size="
+            f"{config.validation_size} leave a label without a training row, or no row to validate "
+            "on: set larger ones, or add rows."
+        )
     train = [part[:n] for part, n in zip(order, train_shares, strict=True)]
     validation = [part[len(part) - n :] for part, n in zip(order, validation_shares, strict=True)]
     drawn = {

@@ -82,7 +82,6 @@ def _train(workspace: Workspace, state: PartialState) -> None:
     history = trainer.fit(workspace.checkpoints(), _reporter(workspace / _PROGRESS))
     if state.is_main_process:
         publish_training(workspace, model, config, history)
-        workspace.checkpoints().finish()
         print(f"The adapter is in {workspace}/adapter. Next: notebooks/04_evaluation.ipynb.")
 
 
@@ -91,14 +90,17 @@ def publish_training(
 ) -> None:
     """Write the adapter and its history, and publish them. No other notebook writes in between.
 
-    An earlier training of the workspace is moved to `earlier/`. Raises WorkspaceError.
+    An earlier training of the workspace is moved to `earlier/`, and the checkpoints of this one are
+    removed. Raises WorkspaceError.
     """
+    history = history | {"dtype": str(model.dtype).removeprefix("torch.")}
     files = ["adapter", "training.json"]
     with workspace.hold(_NOTEBOOK):
         workspace.set_aside(_NOTEBOOK, files)
         save_adapter(model, config, workspace / "adapter")
         workspace.write("training.json", json.dumps(history, indent=1))
         workspace.publish(_NOTEBOOK, vars(config), files, inputs=("02_data_subset",))
+    workspace.checkpoints().finish()
 
 
 def _reporter(path: Path) -> Callable:

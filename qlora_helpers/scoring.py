@@ -127,17 +127,16 @@ def label_probabilities(
     return torch.softmax(logits.double() / temperature, dim=-1).numpy()
 
 
-def check_same_adapter(
-    found: np.ndarray, kept: Sequence[Sequence[float]], dtype: torch.dtype
-) -> str:
+def check_same_adapter(found: np.ndarray, history: dict, dtype: torch.dtype) -> str:
     """Compare the probabilities of an adapter that was read back with those that training kept.
 
-    Both are (rows, labels). Returns a sentence with the mean and the largest change. Raises
-    ModelError if rounding in the model's `dtype` does not explain them.
+    `found` is (rows, labels), by a model in `dtype`; `history` is the `training.json`. Returns a
+    sentence with the mean and the largest change. Raises ModelError if rounding in `dtype` or in
+    the dtype of the training does not explain them.
     """
-    change = abs(np.asarray(found) - np.asarray(kept))
+    change = abs(np.asarray(found) - np.asarray(history["best_probabilities"]))
     said = f"mean change of a probability {change.mean():.1e}, largest {change.max():.1e}"
-    most = ROUNDING[dtype]
+    most = max(ROUNDING[dtype], ROUNDING[getattr(torch, history["dtype"])])
     if not (change.mean() <= most and change.max() <= 10 * most):
         raise ModelError(
             f"the adapter on disk is not the one that training kept: {said}, where rounding "

@@ -81,12 +81,10 @@ def fit(workspace: Workspace, trainer: LabelTrainer, panel: LossPanel | None = N
     config = trainer.config
     if workspace.is_current("03_qlora_training", vars(config)):
         print("This workspace holds the finished training with these settings.")
-        history = workspace.read_json("03_qlora_training", "training.json")
     else:
         history = trainer.fit(workspace.checkpoints(), panel and panel.live)
         publish_training(workspace, trainer.model, config, history)
-    workspace.checkpoints().finish()
-    return history
+    return workspace.read_json("03_qlora_training", "training.json")
 
 
 def step_losses(trainer: LabelTrainer) -> list[float]:

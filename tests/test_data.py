@@ -311,6 +311,7 @@ def test_texts_are_drawn_clean(config):  # of AG News' layout
             {"test": (5, 5, 5, 4)},
             "the test split of 'sample' has 19 rows, but test_size=20: lower QLORA_TEST_SIZE",
         ),
+        ({"train_size": 3}, "train_size=3 and .* leave a label without a training row"),
     ],
 )
 def test_too_few_rows_are_named(config, sizes, message):

@@ -149,3 +149,10 @@ def test_other_labels_than_at_setup_are_refused(write):
     write(["ax", "bx", "cz", "dz"])
     with pytest.raises(DataError, match="labels x, z now, .* run notebooks/01_setup.ipynb again"):
         load_rows(config)
+
+
+def test_two_rows_of_each_label_leave_none_to_validate_on(write):
+    path = write([(f"{label} {i}", label) for label in ("sport", "weather") for i in range(2)])
+    config = RunConfig.from_environment(data=str(path))
+    with pytest.raises(DataError, match="or no row to validate on: set larger ones, or add rows"):
+        draw_subset(load_rows(config), config)

@@ -272,16 +272,20 @@ def test_an_adapter_that_was_not_kept_is_told_from_rounding(trained, tokenizer):
     trainer, history = trained(num_epochs=3)
     kept, dtype = history["best_probabilities"], compute_dtype()[0]
 
+    def check(found: np.ndarray, kept=kept) -> str:
+        known = {"best_probabilities": kept, "dtype": str(dtype).removeprefix("torch.")}
+        return check_same_adapter(found, known, dtype)
+
     def probabilities(texts=TEXTS) -> np.ndarray:
         return label_probabilities(trainer.model, tokenizer, texts, trainer.config)
 
-    check_same_adapter(probabilities(), kept, dtype)
+    check(probabilities())
     chance = random.Random(0)
     for size in (1, 2, 3, 5):
         order = chance.sample(range(8), 8)
         texts = [TEXTS[i] for i in order]
         parts = [probabilities(texts[i : i + size]) for i in range(0, 8, size)]
-        check_same_adapter(np.concatenate(parts), [kept[i] for i in order], dtype)
+        check(np.concatenate(parts), [kept[i] for i in order])
 
     weights = _adapter(trainer)
     without_a_layer = {name: w * ("layers.1." not in name) for name, w in weights.items()}
@@ -289,9 +293,19 @@ def test_an_adapter_that_was_not_kept_is_told_from_rounding(trained, tokenizer):
     for changed in (_adapter(trained(num_epochs=3, seed=7)[0]), without_a_layer, scaled):
         trainer.put(changed)
         with pytest.raises(ModelError, match="is not the one that training kept: mean change"):
-            check_same_adapter(probabilities(), kept, dtype)
+            check(probabilities())
     trainer.put(weights)
-    check_same_adapter(probabilities(), kept, dtype)
+    check(probabilities())
+
+
+def test_an_adapter_of_a_gpu_is_read_back_on_a_cpu():
+    """The coarser of the two dtypes says what rounding explains."""
+    kept = np.full((8, 4), 0.25)
+    history = {"best_probabilities": kept.tolist(), "dtype": "float16"}
+    said = check_same_adapter(kept + 1e-3, history, torch.float32)
+    assert said == "mean change of a probability 1.0e-03, largest 1.0e-03"
+    with pytest.raises(ModelError, match="is not the one that training kept"):
+        check_same_adapter(kept + 1e-3, history | {"dtype": "float32"}, torch.float32)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_rows(prepared, monkeypatch):

@@ -98,7 +98,8 @@ def _gpu(config: RunConfig, cpu_asked: bool) -> Finding:
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < (7, 0):  # a P100, for which Triton and newer builds of PyTorch have no code
-            return Finding("GPU", why, "stop", f"It is too old and not supported. {choose}.")
+            hide = "On a PC, CUDA_VISIBLE_DEVICES= make run hides it, for the small model"
+            return Finding("GPU", why, "stop", f"It is too old. {choose}. {hide}.")
         remedy = f"It is older than a T4, and nothing was tried there. {choose}."
         count = torch.cuda.device_count()
         runs += f", on {count} GPUs at once" if count > 1 else ""

@@ -44,6 +44,8 @@ def test_drive_is_asked_for_once_and_named_after_the_run(content, monkeypatch, c
     assert "Colab asks for Google Drive now, for 120 seconds" in capsys.readouterr().out
     monkeypatch.setenv("QLORA_WORKSPACE", "runs/mine")
     assert find_workspace().mirror.folder.name == "mine"
+    monkeypatch.setenv("QLORA_WORKSPACE", "first/mine")
+    assert find_workspace().mirror.folder.name == "first_mine"
     assert _asked() == [str(content / "drive")]
 
 

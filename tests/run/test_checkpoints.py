@@ -145,6 +145,31 @@ def test_no_secret_is_written(stopped, workspace, monkeypatch, capfd):
     assert secret not in "".join(capfd.readouterr())
 
 
+def test_an_unfinished_training_outlives_a_finished_one(tiny, workspace, capsys):
+    """Back to the settings that are finished, and forth again."""
+    configs = {seed: stages.tiny_config(tiny, seed=seed, num_epochs=1) for seed in (1, 2)}
+
+    def again(seed: int):
+        stages.set_up(configs[seed])
+        stages.draw()
+        return stages.open_workspace("02_data_subset")
+
+    again(1)
+    stages.train()
+    run, config = again(2)
+    trainer = stages.trainer_for(run, config)
+    stages.stop_at(trainer, step=3)
+    with pytest.raises(TrainingStopped):
+        stages.fit(run, trainer)
+    again(1)
+    stages.train()
+    assert "holds the finished training" in capsys.readouterr().out
+    again(2)
+    stages.train()
+    assert "Going on from the checkpoint of step 3 of 6" in capsys.readouterr().out
+    assert not (workspace / "checkpoints").exists()
+
+
 def _run(config, folder: Path, change: int = 0, seconds: float = 0) -> tuple[int, str, float]:
     """Run everything in `folder`, in a forked process; return its exit code, what it printed, and
     its seconds of CPU time, which are the same on a busy machine.
