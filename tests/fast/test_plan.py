@@ -1,6 +1,8 @@
 """The batch plan, and checkpointing of the layers that it leaves out."""
 
 import dataclasses
+import sys
+import weakref
 from types import SimpleNamespace
 
 import psutil
@@ -8,8 +10,14 @@ import pytest
 import torch
 from lora_models import gradients, lora_config
 
-from qlora_helpers.errors import ModelError
-from qlora_helpers.fast.plan import BatchPlan, checkpoint_layers, decoder_layers, plan_encoded
+from qlora_helpers.errors import ModelError, TrainingStopped
+from qlora_helpers.fast.plan import (
+    BatchPlan,
+    checkpoint_layers,
+    decoder_layers,
+    free_memory,
+    plan_encoded,
+)
 from qlora_helpers.model import attach_lora, load_base_model
 from qlora_helpers.scoring import label_logits
 
@@ -76,3 +84,24 @@ def test_with_less_memory_layers_are_checkpointed_then_batches_cut_then_it_says_
     assert plans == sorted(plans, reverse=True) and len(set(plans)) > 3
     with pytest.raises(ModelError, match="not even one row of 87 tokens .* QLORA_MAX_LENGTH"):
         with_memory(1 / 16)
+
+
+def test_memory_that_a_stopped_training_held_comes_back(monkeypatch):
+    """Its frames are those of the error that the last error came from."""
+
+    def train():
+        held = torch.zeros(8)
+        references.append(weakref.ref(held))
+        raise KeyboardInterrupt
+
+    references = []
+    try:
+        try:
+            train()
+        except KeyboardInterrupt:
+            raise TrainingStopped("Stopped at step 1.") from None
+    except TrainingStopped as error:
+        monkeypatch.setattr(sys, "last_value", error, raising=False)
+    assert references[0]() is not None
+    free_memory()
+    assert references[0]() is None
