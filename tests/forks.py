@@ -38,6 +38,13 @@ def start(function: Callable[[], object], log: Path) -> int:
         os._exit(code)
 
 
+def changes_a_file(event: str, arguments: tuple) -> bool:
+    """Return whether an audit event opens a file to write, or renames, removes or makes one."""
+    if event == "open":
+        return isinstance(arguments[2], int) and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+    return event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+
+
 def run(function: Callable[[], object], log: Path) -> tuple[int, str]:
     """Call `function` as `start` does; return the exit code of its process and what it printed."""
     _, status = os.waitpid(start(function, log), 0)

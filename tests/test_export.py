@@ -19,8 +19,9 @@ def test_the_merged_model_answers_as_the_adapter_does(classifier, tmp_path):
     folder = merge_adapter(classifier, tmp_path / "new" / "merged")
     assert {path.name for path in folder.parent.iterdir()} == {"merged", "merged.partial"}
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    parameters = classifier.model.get_base_model().num_parameters()
-    assert size == pytest.approx(2 * parameters, rel=0.02)  # as 05 announces
+    lora = sum(p.numel() for n, p in classifier.model.named_parameters() if "lora_" in n)
+    parameters = classifier.model.get_base_model().num_parameters() - lora
+    assert size == pytest.approx(2 * parameters, rel=0.01)  # as 05 announces
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert not any("lora" in name for name, _ in model.named_parameters())

@@ -170,7 +170,7 @@ def test_an_old_torchao_beside_a_layer_that_is_not_in_4_bits_is_named(tmp_path, 
 @pytest.mark.parametrize(
     ("card", "dtype", "reason"),
     [
-        (None, torch.float32, "on a CPU: in bfloat16 .* depend on its batch"),
+        (None, torch.float32, "on a CPU: in bfloat16 .* probabilities depend on its batch"),
         ((7, 5), torch.float16, "T4 .capability 7.5. is older than Ampere and has no bfloat16"),
         ((8, 0), torch.bfloat16, "T4 .capability 8.0. has bfloat16"),
     ],

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lora_models import lora_config, with_random_b
-from transformers import AutoModelForCausalLM
+from lora_models import lora_config, save_tiny, with_random_b
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_helpers import scoring
 from qlora_helpers.config import LABELS, PROFILES, RunConfig
@@ -32,11 +32,12 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def exact(tiny, tokenizer):
-    """The tiny model in float32 and not quantised: it is compared with itself to many digits."""
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+def exact(embedded_tokenizer, tmp_path_factory):
+    """A tiny model in float32 and not quantised: it is compared with itself to many digits."""
+    folder = save_tiny(LlamaConfig, embedded_tokenizer, tmp_path_factory.mktemp("exact"))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     use_packed_attention(model)
-    return model, tokenizer
+    return model, embedded_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_solved_examples_are_read_once_and_give_what_the_whole_text_gives(
         encoded = [tokenizer(prefix + build_prompt(text)).input_ids for text in texts]
         with torch.no_grad():
             logits = [model(torch.tensor([row])).logits[0, -1, ids].double() for row in encoded]
-        np.testing.assert_allclose(found, torch.stack(logits).softmax(1).numpy(), atol=1e-5)
+        np.testing.assert_allclose(found, torch.stack(logits).softmax(1).numpy(), atol=1e-6)
     five, one, equal, alike = read
     assert one == equal == len(tokenizer(prefix + build_prompt(TEXTS[0])).input_ids) - 1
     assert 5 < five < alike < one

@@ -10,7 +10,7 @@ from qlora_helpers.colab.hub_token import use_token
 from qlora_helpers.colab.machine import on_colab
 from qlora_helpers.colab.mirror import Mirror
 from qlora_helpers.colab.threads import bounded, follow, start
-from qlora_helpers.config import RunConfig, drive_wanted, project_folder, workspace_folder
+from qlora_helpers.config import RunConfig, drive_wanted, workspace_folder
 from qlora_helpers.errors import ConfigError, WorkspaceError, reason
 from qlora_helpers.run.workspace import Workspace
 
@@ -34,9 +34,10 @@ def find_workspace(drive: bool | None = None) -> Workspace:
             f"name runs/{path.name}, and Drive keeps a copy of it in qlora_ag_news/{path.name}."
         )
     folder = _my_drive(drive)
-    inside = str(path).removeprefix(f"{project_folder()}/").removeprefix("runs/")
-    name = inside.strip("/").replace("/", "_")  # two runs of one name have different folders
-    workspace = Workspace(path, Mirror(folder, name) if folder else None)
+    workspace = Workspace(path)
+    if folder:  # two runs of one name have different folders
+        name = str(workspace).removeprefix("runs/").strip("/").replace("/", "_")
+        workspace.mirror = Mirror(folder, name)
     workspace.pull()
     return workspace
 

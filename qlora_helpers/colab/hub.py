@@ -21,10 +21,10 @@ from qlora_helpers.colab.machine import on_kaggle
 from qlora_helpers.errors import QLoraError, reason
 
 ANSWER_SECONDS = 8  # for the list of a repository's files
-# A base model's settings, tokenizer and weights, not the same weights in other formats
-CHECKPOINT_FILES = ("*.json", "*.txt", "*.model", "model.safetensors", "model-*.safetensors")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")  # of a base model, and its settings
+# and its weights, not the same weights in other formats
+CHECKPOINT_FILES = (*TOKENIZER_FILES, "model.safetensors", "model-*.safetensors")
 MOST_LAYERS = 256  # of a base model: twice those of the largest
-TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 DATASET_FILES = ("data/train-*.parquet", "data/test-*.parquet")  # of AG News
 
 

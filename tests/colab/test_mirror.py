@@ -286,9 +286,7 @@ def _push_and_die(kill_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def audit(event, arguments):
-        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_WRONLY
-        changing = writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
-        if changing and "MyDrive" in str(arguments[0]):
+        if forks.changes_a_file(event, arguments) and "MyDrive" in str(arguments[0]):
             change()
 
     workspace, config = open_workspace("02_data_subset")

@@ -180,11 +180,7 @@ def _run(config, folder: Path, change: int = 0, seconds: float = 0) -> tuple[int
 
     def count(event: str, arguments: tuple) -> None:
         nonlocal changes
-        if not arguments or not str(arguments[0]).startswith(str(folder)):
-            return
-        flags = arguments[2] if event == "open" else 0
-        writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR)
-        if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+        if forks.changes_a_file(event, arguments) and str(arguments[0]).startswith(str(folder)):
             changes += 1
             if changes == change:
                 os.kill(os.getpid(), signal.SIGKILL)
