@@ -184,7 +184,9 @@ class LabelTrainer(ResumableTrainer):
             gradients = [p.grad if p.grad is None else p.grad.clone() for p in trainable]
             try:
                 with masks_of(seed, part["rows"], lengths, self.model.device):
-                    loss = super().training_step(model, part, whole)
+                    loss = self.compute_loss(model, part, num_items_in_batch=whole)
+                    self.accelerator.backward(loss)
+                    loss = loss.detach()  # without what the pass has kept in memory
             except torch.OutOfMemoryError:
                 loss = None  # after this block, nothing holds the traceback with its activations
             if loss is None:
@@ -241,8 +243,7 @@ class LabelTrainer(ResumableTrainer):
         texts, labels = self.eval_dataset.text, self.eval_dataset.label.to_numpy()
         probabilities = label_probabilities(self.model, self.tokenizer, texts, self.config)
         metrics = {"loss": float(-np.log(probabilities[range(len(labels)), labels]).mean())}
-        predicted = probabilities.argmax(axis=1).tolist()
-        metrics |= scores(predicted, labels.tolist(), self.config.labels)
+        metrics |= scores(probabilities.argmax(1).tolist(), labels.tolist(), self.config.labels)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.state.log_history[-1]["probabilities"] = probabilities.round(6).tolist()
@@ -256,10 +257,9 @@ class LabelTrainer(ResumableTrainer):
     def fit(self, checkpoints: Checkpoints, show: Callable | None = None) -> dict:
         """Train, and return the history. The model then has the weights of the best epoch.
 
-        A training that was stopped goes on from the newest of `checkpoints`, which are those of
-        `workspace.checkpoints()`, to the result that it would have had. `show` is called with a
-        function that returns the history so far, and a line that says how far the training is:
-        `LossPanel.live`, for one. Raises what `ResumableTrainer.run` does.
+        A stopped training goes on from the newest of `checkpoints` (`workspace.checkpoints()`), to
+        the result that it would have had. `show`, such as `LossPanel.live`, gets a function that
+        returns the history so far, and a line of progress. Raises what `ResumableTrainer.run` does.
         """
         self.watch.show = show
         is_first = self.is_world_process_zero()
