@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import forks
@@ -22,24 +24,38 @@ from qlora_helpers import (
     TrainingStopped,
     Workspace,
     label_probabilities,
+    launch,
     load_on_each_gpu,
     load_tokenizer,
     train_in_processes,
 )
+from qlora_helpers.__main__ import main
 from qlora_helpers.config import PROFILES
-from qlora_helpers.launch import train_run
 from qlora_helpers.run.checkpoints import Checkpoints
 
 SETTINGS = {"train_size": 17, "effective_batch_size": 15, "num_epochs": 12}  # batches of 15 and 2
 
 
-def launch(folder: Path, log: Path) -> int:
-    """Fork a process that trains in two forked processes, and return its id.
+def train_in_two(folder: Path, log: Path) -> None:
+    """Run the command `train` in two forked processes.
 
-    PyTorch's agent starts and watches them, as it does for `torch.distributed.run`. After the first
-    checkpoint the first process waits for a signal. `log` names the file for what they print;
-    beside it, `<log>.<rank>` has a process's id.
+    PyTorch's agent starts, watches and stops them, as it does for `torch.distributed.run`. Beside
+    the file `log`, `<log>.<rank>` has a process's id.
     """
+
+    def train() -> None:
+        log.with_suffix(f".{os.environ['RANK']}").write_text(str(os.getpid()))
+        AcceleratorState._reset_state(True)  # in pytest's process it is that of one process
+        sys.exit(main(["train", "--workspace", str(folder)]))
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
+    config = LaunchConfig(1, 1, nproc_per_node=2, max_restarts=0, **options)
+    elastic_launch(config, train)()
+
+
+def train_and_wait(folder: Path, log: Path) -> None:
+    """As `train_in_two`; after the first checkpoint the first process waits for a signal."""
     write = Checkpoints.write
 
     def write_and_wait(*args, **facts) -> bool:
@@ -47,20 +63,24 @@ def launch(folder: Path, log: Path) -> int:
         signal.pause()
         return written
 
-    def train() -> None:
-        log.with_suffix(f".{os.environ['RANK']}").write_text(str(os.getpid()))
-        AcceleratorState._reset_state(True)  # in pytest's process it is that of one process
-        Checkpoints.write = write_and_wait
-        train_run(folder)
+    Checkpoints.write = write_and_wait
+    train_in_two(folder, log)
 
-    def start() -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"
-        options = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "start_method": "fork"}
-        options["max_restarts"] = 0
-        config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, **options)
-        elastic_launch(config, train)()
 
-    return forks.start(start, log)
+class Forked:
+    """A forked process that calls `function`, with what the launcher needs of a Popen."""
+
+    def __init__(self, function: Callable[[], object], log: Path):
+        self.pid, self.returncode = forks.start(function, log), None
+
+    def poll(self) -> int | None:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def terminate(self) -> None:
+        os.kill(self.pid, signal.SIGTERM)
 
 
 @pytest.fixture
@@ -120,14 +140,19 @@ def test_two_processes_go_on_from_the_checkpoint_of_one_and_publish(prepared, al
     assert {path.name for path in prepared.glob("[!.]*")} == files
 
 
-def test_a_stop_ends_both_after_the_same_step(tiny, workspace):
+def test_a_stop_ends_both_after_the_same_step(tiny, workspace, monkeypatch):
     stages.set_up(stages.tiny_config(tiny, **SETTINGS | {"num_epochs": 1000}))
     run, seen = stages.draw(), []
+
+    def fork(command, stdout, **options) -> Forked:
+        assert command[-2:] == ["--workspace", str(workspace)]
+        return Forked(lambda: train_in_two(workspace, Path(stdout.name)), Path(stdout.name))
 
     def stop(history, status):
         seen.append((history()["train"][-1]["step"], status))
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(launch.subprocess, "Popen", fork)
     same_step = r"^Stopped at step (\d+) of 2000. The checkpoint of step \1 is written"
     with pytest.raises(TrainingStopped, match=same_step):
         train_in_processes(run, 2, stop)
@@ -139,7 +164,7 @@ def test_a_stop_ends_both_after_the_same_step(tiny, workspace):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_both_and_one_goes_on(prepared, alone, tmp_path, rank):
     log = tmp_path / "log"
-    launched = launch(prepared, log)
+    launched = forks.start(lambda: train_and_wait(prepared, log), log)
     while not list(prepared.glob("checkpoints/checkpoint-*[0-9]")):
         assert os.waitpid(launched, os.WNOHANG) == (0, 0), log.read_text()
         time.sleep(0.02)
