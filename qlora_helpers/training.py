@@ -236,7 +236,7 @@ class LabelTrainer(ResumableTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return a micro-batch's part of its effective batch's mean loss, however that is cut."""
         logits = label_logits(self.model, inputs["prompts"], self.label_ids)
-        return self.loss(logits, inputs["labels"]) / num_items_in_batch
+        return self.loss(logits, inputs["labels"].to(logits.device)) / num_items_in_batch
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """Return and log loss, accuracy and macro-F1 of the validation rows."""
