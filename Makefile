@@ -66,7 +66,7 @@ $(READY): requirements.txt constraints.txt pyproject.toml Makefile
 
 # trackio comes without its dependencies: it asks for an older Pillow.
 $(TRACKERS): $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt tensorboard
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt tensorboard httpx
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt trackio gradio-client brotli orjson python-multipart starlette uvicorn
 	touch $@
 
