@@ -5,11 +5,12 @@ import json
 import logging
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from fake_hub import COMMIT, FakeHub
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 from qlora_helpers import HeadlineClassifier, model
 from qlora_helpers.colab import hub
@@ -29,6 +30,8 @@ def server(monkeypatch, tmp_path):
     fake = FakeHub()
     fake.use(monkeypatch, tmp_path)
     monkeypatch.setattr(hub, "ANSWER_SECONDS", 300)
+    # the library waits a second between two tries
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
     yield fake
     fake.close()
 
