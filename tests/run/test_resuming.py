@@ -69,6 +69,13 @@ def test_a_training_goes_on_with_its_own_plan(stopped, prepared, workspace, unin
     assert finish(prepared, plan=BatchPlan(8, 1, 0, None, "")) == uninterrupted
 
 
+def test_a_training_goes_on_with_dropout(stopped, prepared, workspace, uninterrupted, finish):
+    stopped(5)
+    run, trainer = prepared()
+    trainer.model.eval()  # as after a look at its answers
+    assert finish(lambda: (run, trainer)) == uninterrupted
+
+
 def test_the_best_weights_are_written_once(stopped, workspace):
     stopped(7)
     [written] = (workspace / "checkpoints").glob("*/best.safetensors")
