@@ -67,7 +67,11 @@ class Mirror:
 
     def clear_checkpoints(self) -> None:
         """Remove the checkpoints in the background, if all that was pushed before is on Drive."""
-        self._jobs.queue("checkpoint", lambda: self._jobs.failures() or prune(self.folder, -1))
+        self._jobs.queue("checkpoint", partial(self._clear_checkpoints))
+
+    def _clear_checkpoints(self) -> None:
+        if not self._jobs.failures():
+            prune(self.folder, -1)
 
     def pull(self, workspace: Workspace) -> None:
         """Bring to `workspace` what is newer here, and the histories of earlier trainings."""

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from functools import partial
 
 from tqdm import tqdm
 
@@ -62,8 +63,14 @@ class Background:
         """Return the bytes that have moved."""
         return self._bytes
 
-    def queue(self, key: str, job: Callable[[], None]) -> None:
-        """Call `job` after the others, unless a newer one with the same `key` comes before."""
+    def queue(self, key: str, job: partial) -> None:
+        """Call `job` after the others, unless a newer one with the same `key` comes before.
+
+        If one with the same arguments has not ended, it stays: a job after it may count on it.
+        """
+        last = self._futures.get(key)
+        if last and not last.done() and self._newest[key].args == job.args:
+            return
         before, self._newest[key] = list(self._futures.values()), job
 
         def run():
