@@ -48,7 +48,7 @@ class Mirror:
         failures = self._jobs.failures()
         if failures not in ("", self._said):
             self._say(failures)
-        self._jobs.queue(key, partial(self._push, name, root, manifest))
+        self._jobs.queue(key, self._push, name, root, manifest)
 
     def wait(self) -> None:
         """Wait until all is on Drive, or Drive hangs, and print how it ended."""
@@ -67,7 +67,7 @@ class Mirror:
 
     def clear_checkpoints(self) -> None:
         """Remove the checkpoints in the background, if all that was pushed before is on Drive."""
-        self._jobs.queue("checkpoint", partial(self._clear_checkpoints))
+        self._jobs.queue("checkpoint", self._clear_checkpoints)
 
     def _clear_checkpoints(self) -> None:
         if not self._jobs.failures():

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
-from functools import partial
 
 from tqdm import tqdm
 
@@ -63,20 +62,20 @@ class Background:
         """Return the bytes that have moved."""
         return self._bytes
 
-    def queue(self, key: str, job: partial) -> None:
-        """Call `job` after the others, unless a newer one with the same `key` comes before.
+    def queue(self, key: str, function: Callable[..., None], *arguments) -> None:
+        """Call `function` after the others, unless a newer one with the same `key` comes before.
 
         If one with the same arguments has not ended, it stays: a job after it may count on it.
         """
-        last = self._futures.get(key)
-        if last and not last.done() and self._newest[key].args == job.args:
+        last, job = self._futures.get(key), (function, arguments)
+        if last and not last.done() and self._newest[key][1] == arguments:
             return
         before, self._newest[key] = list(self._futures.values()), job
 
         def run():
             wait(before)
             if self._newest[key] is job:
-                job()
+                function(*arguments)
 
         self._futures[key] = start(run)
 
