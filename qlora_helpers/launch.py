@@ -19,7 +19,7 @@ from transformers import ProgressCallback
 from qlora_helpers.adapter import save_adapter
 from qlora_helpers.config import RunConfig
 from qlora_helpers.data import SPLITS
-from qlora_helpers.errors import ModelError, TrainingStopped, WorkspaceError
+from qlora_helpers.errors import ConfigError, ModelError, TrainingStopped, WorkspaceError
 from qlora_helpers.fast.plan import free_memory
 from qlora_helpers.model import attach_lora, load_base_model, load_tokenizer
 from qlora_helpers.run.files import remove, write_text, writing
@@ -68,6 +68,13 @@ def train_run(folder: str | os.PathLike) -> None:
 def _train(workspace: Workspace, state: PartialState) -> None:
     config = RunConfig.from_json(workspace.open("02_data_subset"))
     config.check_environment()
+    count, rows = state.num_processes, config.effective_batch_size
+    if count > rows:  # a process without a row has no loss to scale
+        raise ConfigError(
+            f"{count} processes cannot share an effective batch of {rows}: set "
+            f"QLORA_EFFECTIVE_BATCH_SIZE to at least {count} and run from 01 on, or show this "
+            f"machine at most {rows} of its GPUs (CUDA_VISIBLE_DEVICES)."
+        )
     if workspace.is_current(_NOTEBOOK, vars(config)):
         print("The finished training with these settings is here: nothing to do.")
         return
@@ -75,7 +82,7 @@ def _train(workspace: Workspace, state: PartialState) -> None:
     model, tokenizer = load_base_model(config), load_tokenizer(config)
     model = attach_lora(model, lora_of(config), seed=config.seed)
     plan = plan_batches(model, tokenizer, subset["train"].text.tolist(), config)
-    print(f"Processes: {state.num_processes}; in each, {plan.reason}.")
+    print(f"Processes: {count}; in each, {plan.reason}.")
     trainer = LabelTrainer(model, tokenizer, subset, config, plan)
     if not sys.stderr.isatty():  # its bars would fill a log
         trainer.remove_callback(ProgressCallback)

@@ -161,6 +161,14 @@ def test_a_stop_ends_both_after_the_same_step(tiny, workspace, monkeypatch):
     assert list(workspace.glob("checkpoints/checkpoint-*/manifest.json"))
 
 
+def test_more_processes_than_rows_of_a_batch_are_refused(tiny, workspace, tmp_path):
+    stages.set_up(stages.tiny_config(tiny, effective_batch_size=1))
+    stages.draw()
+    status, printed = forks.run(lambda: train_in_two(workspace, tmp_path / "log"), tmp_path / "log")
+    assert status != 0 and "2 processes cannot share an effective batch of 1: set" in printed
+    assert not list(workspace.glob("checkpoints/*"))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_both_and_one_goes_on(prepared, alone, tmp_path, rank):
     log = tmp_path / "log"
