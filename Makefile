@@ -1,6 +1,6 @@
 # make run: the five notebooks, one after the other; make run ALL_IN_ONE=1: in one kernel.
 # make app: 05's panels as a page.
-# make test: all that can be checked without a GPU, in 12 to 15 minutes on two cores.
+# make test: all that can be checked without a GPU, in 12 to 16 minutes on two cores.
 # make test-quick: the tests that need no real model.
 # make test-colab: as make test, with Colab's versions.
 PYTHON ?= python3
