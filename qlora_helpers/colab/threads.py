@@ -65,10 +65,10 @@ class Background:
     def queue(self, key: str, function: Callable[..., None], *arguments) -> None:
         """Call `function` after the others, unless a newer one with the same `key` comes before.
 
-        If one with the same arguments has not ended, it stays: a job after it may count on it.
+        If the same one has not ended, it stays: a job after it may count on it.
         """
         last, job = self._futures.get(key), (function, arguments)
-        if last and not last.done() and self._newest[key][1] == arguments:
+        if last and not last.done() and self._newest[key] == job:
             return
         before, self._newest[key] = list(self._futures.values()), job
 
